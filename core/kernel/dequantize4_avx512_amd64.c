@@ -31,7 +31,7 @@ LEVEL_INLINE void values32(int dtype, const struct lut *lut, const uint8_t *pack
     store64(dst, _mm512_permutexvar_epi16(index, lut->results));
 }
 
-#include "dequantize4.inc"
+#include "dequantize4_frame.h"
 
 // Not inlined: the mode is set around it.
 static LEVEL_TARGET __attribute__((noinline)) void dequantize(int codebook, int dtype, const uint8_t *codes, const float *absmax, int64_t n, int64_t blocksize, uint8_t *dst) {

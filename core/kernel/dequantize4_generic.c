@@ -25,7 +25,7 @@ LEVEL_INLINE void values32(int dtype, const struct lut *lut, const uint8_t *pack
     }
 }
 
-#include "dequantize4.inc"
+#include "dequantize4_frame.h"
 
 void gq_dequantize4_generic(int codebook, int dtype, const uint8_t *packed, const float *absmax, int64_t n, int64_t blocksize, uint8_t *dst) {
     dequantize4(codebook, dtype, packed, absmax, n, blocksize, dst);

@@ -14,7 +14,7 @@ LEVEL_INLINE void values16(int dtype, const float *table, const uint8_t *codes, 
 
 enum { STEP = 16 };
 #define VALUES values16
-#include "dequantize8.inc"
+#include "dequantize8_frame.h"
 
 // Not inlined: the mode is set around it.
 static LEVEL_TARGET __attribute__((noinline)) void dequantize(const float *table, int dtype, const uint8_t *codes, const float *absmax, int64_t n, int64_t blocksize, uint8_t *dst) {

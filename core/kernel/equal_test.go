@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"os"
+	"os/exec"
+	"strings"
 	"testing"
 
 	"github.com/gquant/gquant/core/dtype"
@@ -190,6 +193,52 @@ func TestScales(t *testing.T) {
 	same(t, src, dtype.F32, 64, randomBytes(random, n), scales(random, n/64), testTable())
 }
 
+// Numbers on and right beside the thresholds of blocks with any absmax: a reciprocal, product or threshold that is off by
+// one unit in the last place gives another code.
+func TestThresholdsOfAnyAbsmax(t *testing.T) {
+	random := rand.New(rand.NewPCG(9, 10))
+	thresholds := nf4Thresholds[:]
+	for _, threshold := range fp4Thresholds {
+		thresholds = append(thresholds, threshold, -threshold)
+	}
+	blocks := 20_000
+	if testing.Short() {
+		blocks = 2_000
+	}
+	var src []byte
+	for range blocks {
+		absmax := math.Float32frombits(127<<23 | random.Uint32N(1<<23))
+		src = binary.LittleEndian.AppendUint32(src, math.Float32bits(absmax))
+		for i := range 63 {
+			x := math.Float32bits(thresholds[i%len(thresholds)] * absmax)
+			src = binary.LittleEndian.AppendUint32(src, x+random.Uint32N(3)-1)
+		}
+	}
+	same(t, src, dtype.F32, 64, make([]byte, blocks*64), make([]float32, blocks), testTable())
+}
+
+// NaN and infinite elements beside numbers of every size, among them only subnormal ones and none.
+func TestNonfiniteBesideAnything(t *testing.T) {
+	nan, inf := uint32(0x7fc00000), uint32(0xff800000)
+	for _, others := range []uint32{0, 0x80000000, 1, 0x007fffff, 0x00800000, 0x3f800000, 0x7f7fffff, nan, inf} {
+		for _, special := range []uint32{nan, 0xffffffff, inf} {
+			var src []byte
+			for i := range 64 {
+				bits := others
+				if i%32 == 5 {
+					bits = special
+				}
+				src = binary.LittleEndian.AppendUint32(src, bits)
+			}
+			same(t, src, dtype.F32, 64, make([]byte, 64), make([]float32, 1), testTable())
+			for i := range 64 { // the same as bfloat16
+				copy(src[2*i:], src[4*i+2:4*i+4])
+			}
+			same(t, src[:128], dtype.BF16, 64, make([]byte, 64), make([]float32, 1), testTable())
+		}
+	}
+}
+
 // A table need not be ascending; the search is defined all the same.
 func TestAnyTable(t *testing.T) {
 	random := rand.New(rand.NewPCG(7, 8))
@@ -210,9 +259,6 @@ func TestAnyTable(t *testing.T) {
 func TestUse(t *testing.T) {
 	before := Level()
 	defer Use(before)
-	if levels := Levels(); levels[0] != "generic" || before != levels[len(levels)-1] && Err() == nil && testing.Verbose() {
-		t.Logf("level %s of %v", before, levels)
-	}
 	if err := Use("sse9"); err == nil {
 		t.Error("an unknown level was accepted")
 	}
@@ -222,6 +268,26 @@ func TestUse(t *testing.T) {
 	for _, level := range Levels() {
 		if err := Use(level); err != nil || Level() != level {
 			t.Errorf("level %s: %v, %s in use", level, err, Level())
+		}
+	}
+}
+
+// The environment variable forces a level at start-up. One that does not exist is reported, and the best is in use.
+func TestEnvironment(t *testing.T) {
+	if os.Getenv("GQUANT_TEST_CHILD") != "" {
+		fmt.Printf("level %s, error %v\n", Level(), Err())
+		return
+	}
+	levels := Levels()
+	for value, want := range map[string]string{
+		"":        "level " + levels[len(levels)-1] + ", error <nil>",
+		"generic": "level generic, error <nil>",
+		"sse9":    "level " + levels[len(levels)-1] + ", error environment variable GQUANT_CPU: no CPU level \"sse9\"",
+	} {
+		child := exec.Command(os.Args[0], "-test.run=^TestEnvironment$")
+		child.Env = append(os.Environ(), "GQUANT_TEST_CHILD=1", "GQUANT_CPU="+value)
+		if out, err := child.CombinedOutput(); err != nil || !strings.Contains(string(out), want) {
+			t.Errorf("GQUANT_CPU=%q: %v, %s; want %s", value, err, out, want)
 		}
 	}
 }

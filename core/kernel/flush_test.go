@@ -26,7 +26,7 @@ func TestProductsBelowTheSmallestNormal(t *testing.T) {
 		{-0x1.fffffep-64, 0x1p-63, float32(math.Copysign(0, -1))},
 		{0x1p-127, 0x1p100, 0}, // a subnormal operand
 	} {
-		if got := multiply(c.x, c.y); math.Float32bits(got) != math.Float32bits(c.want) {
+		if got := Multiply(c.x, c.y); math.Float32bits(got) != math.Float32bits(c.want) {
 			t.Errorf("%x · %x is %x, want %x", c.x, c.y, got, c.want)
 		}
 	}

@@ -47,7 +47,7 @@ LEVEL_INLINE void codes32(int codebook, int dtype, const uint8_t *src, float r, 
     store16(packed, _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
 }
 
-#include "quantize.inc"
+#include "quantize_frame.h"
 
 // Not inlined: the mode is set around them.
 static LEVEL_TARGET __attribute__((noinline)) int64_t quantize_nf4(int dtype, const uint8_t *src, int64_t n, int64_t blocksize, float *absmax, uint8_t *packed) {

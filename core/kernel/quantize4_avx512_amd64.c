@@ -44,7 +44,7 @@ LEVEL_INLINE void codes32(int codebook, int dtype, const uint8_t *src, float r, 
     store16(packed, _mm_unpacklo_epi64(bytes[0], bytes[1]));
 }
 
-#include "quantize.inc"
+#include "quantize_frame.h"
 
 // Not inlined: the mode is set around them.
 static LEVEL_TARGET __attribute__((noinline)) int64_t quantize_nf4(int dtype, const uint8_t *src, int64_t n, int64_t blocksize, float *absmax, uint8_t *packed) {

@@ -27,7 +27,7 @@ LEVEL_INLINE void codes32(int codebook, int dtype, const uint8_t *src, float r, 
     for (int i = 0; i < GQ_GROUP / 2; i++) packed[i] = (uint8_t)(codes[2 * i] << 4 | codes[2 * i + 1]);
 }
 
-#include "quantize.inc"
+#include "quantize_frame.h"
 
 int64_t gq_quantize4_generic(int codebook, int dtype, const uint8_t *src, int64_t n, int64_t blocksize, float *absmax, uint8_t *packed) {
     if (codebook == GQ_NF4) return quantize(GQ_NF4, dtype, src, n, blocksize, absmax, packed);

@@ -38,7 +38,7 @@ LEVEL_INLINE void codes32(const struct gq_search *s, int dtype, const uint8_t *s
     store32(codes, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 }
 
-#include "quantize.inc"
+#include "quantize_frame.h"
 
 // Not inlined: the mode is set around it.
 static LEVEL_TARGET __attribute__((noinline)) int64_t quantize8(const struct gq_search *s, int dtype, const uint8_t *src, int64_t n, int64_t blocksize, float *absmax, uint8_t *codes) {

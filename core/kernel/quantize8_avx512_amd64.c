@@ -46,7 +46,7 @@ LEVEL_INLINE __m512i codes16(const struct gq_search *s, __m512 y) {
     const __mmask16 up = _mm512_mask_cmp_ps_mask(above, y, middle, _CMP_GT_OQ);
     const __mmask16 down = _mm512_mask_cmp_ps_mask((__mmask16)~above, y, middle, _CMP_LT_OQ);
     const __m512i moved = _mm512_mask_sub_epi32(_mm512_mask_add_epi32(code, up, code, one), down, code, one);
-    return (moved); // code 0 has nothing below it
+    return _mm512_max_epi32(moved, _mm512_setzero_si512()); // code 0 has nothing below it
 }
 
 LEVEL_INLINE void codes32(const struct gq_search *s, int dtype, const uint8_t *src, float r, uint8_t *codes) {
@@ -55,7 +55,7 @@ LEVEL_INLINE void codes32(const struct gq_search *s, int dtype, const uint8_t *s
     }
 }
 
-#include "quantize.inc"
+#include "quantize_frame.h"
 
 // Not inlined: the mode is set around it.
 static LEVEL_TARGET __attribute__((noinline)) int64_t quantize8(const struct gq_search *s, int dtype, const uint8_t *src, int64_t n, int64_t blocksize, float *absmax, uint8_t *codes) {

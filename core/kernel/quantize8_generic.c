@@ -18,7 +18,7 @@ LEVEL_INLINE void codes32(const struct gq_search *s, int dtype, const uint8_t *s
     for (int i = 0; i < GQ_GROUP; i++) codes[i] = code(s, gq_multiply(gq_widen(dtype, gq_load(dtype, src, i)), r));
 }
 
-#include "quantize.inc"
+#include "quantize_frame.h"
 
 int64_t gq_quantize8_generic(const float *table, int dtype, const uint8_t *src, int64_t n, int64_t blocksize, float *absmax, uint8_t *codes) {
     const struct gq_search search = gq_make_search(table);

@@ -95,7 +95,7 @@ func Quantize4Ref(cb Codebook, src []byte, d dtype.DType, n, blocksize int, absm
 			if i < n {
 				x = dtype.GetF32(src[i*size:], d)
 			}
-			return code4(cb, multiply(x, r))
+			return code4(cb, Multiply(x, r))
 		}
 		for i := first; i < first+count; i += 2 {
 			packed[i/2] = code(i)<<4 | code(i+1)
@@ -118,10 +118,10 @@ func Dequantize4Ref(cb Codebook, packed []byte, absmax []float32, n, blocksize i
 	}
 }
 
-// multiply is x·y on the GPU with -ftz=true: subnormal operands count as zero, and so does a product that is below
+// Multiply is x·y on the GPU with -ftz=true: subnormal operands count as zero, and so does a product that is below
 // 2^-126 after rounding to 24 bits as if exponents had no end. (Measured on an H200. Rounding to the steps of subnormal
 // numbers first would save some products that the GPU makes zero.) The float64 product is exact.
-func multiply(x, y float32) float32 {
+func Multiply(x, y float32) float32 {
 	product := float64(flush(x)) * float64(flush(y))
 	if math.Abs(product) < smallestNormal*(1-0x1p-25) {
 		return float32(math.Copysign(0, product))
@@ -131,7 +131,7 @@ func multiply(x, y float32) float32 {
 
 // scaled is value·absmax on the GPU: a NaN is the positive one with all bits set.
 func scaled(value, absmax float32) float32 {
-	product := multiply(value, absmax)
+	product := Multiply(value, absmax)
 	if product != product {
 		return math.Float32frombits(0x7fffffff)
 	}

@@ -41,7 +41,7 @@ func Quantize8Ref(table *[256]float32, src []byte, d dtype.DType, n, blocksize i
 		nonfinite += bad
 		r := Reciprocal(scale)
 		for i := first; i < first+count; i++ {
-			codes[i] = code8(table, multiply(dtype.GetF32(src[i*size:], d), r))
+			codes[i] = code8(table, Multiply(dtype.GetF32(src[i*size:], d), r))
 		}
 	}
 	return nonfinite

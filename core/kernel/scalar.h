@@ -68,7 +68,7 @@ GQ_INLINE uint32_t gq_narrow(int dtype, float x) {
         return (b + 0x7fff + (b >> 16 & 1)) >> 16;
     }
     if (magnitude > 0x7f800000) return sign | 0x7e00 | (magnitude >> 13 & 0x3ff);
-    if (magnitude >= 0x477ff000) return sign | 0x7c00; // 65520: half an ulp above the largest f16
+    if (magnitude >= 0x47800000) return sign | 0x7c00; // from 2^16 on infinite; 65520 and above are rounded up to it below
     if (magnitude < 0x38800000) {                      // below 2^-14 f16 has steps of 2^-24, as float32 has at 1/2
         float shifted = gq_float(magnitude) + 0.5f;
         return sign | (gq_bits(shifted) - 0x3f000000);
@@ -87,7 +87,7 @@ GQ_INLINE void gq_store(int dtype, uint8_t *dst, int64_t i, float x) {
     }
 }
 
-// x·y on the GPU; multiply in ref4.go explains.
+// x·y on the GPU; Multiply in ref4.go explains.
 GQ_INLINE float gq_multiply(float x, float y) {
     const double product = (double)gq_flush(x) * (double)gq_flush(y);
     if (-0x1.ffffffp-127 < product && product < 0x1.ffffffp-127) return gq_float((gq_bits(x) ^ gq_bits(y)) & 0x80000000);

@@ -15,7 +15,7 @@ LEVEL_INLINE __m128i load16(const uint8_t *src) { return _mm_loadu_si128((const 
 LEVEL_INLINE void store32(uint8_t *dst, __m256i v) { _mm256_storeu_si256((__m256i *)dst, v); }
 LEVEL_INLINE void store16(uint8_t *dst, __m128i v) { _mm_storeu_si128((__m128i *)dst, v); }
 
-// See quantize.inc.
+// See quantize_frame.h.
 LEVEL_INLINE uint32_t largest(int dtype, const uint8_t *src, int64_t n) {
     __m256i top = _mm256_setzero_si256();
     if (dtype == GQ_F32) {

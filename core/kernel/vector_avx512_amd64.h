@@ -17,7 +17,7 @@ LEVEL_INLINE void store64(uint8_t *dst, __m512i v) { _mm512_storeu_si512(dst, v)
 LEVEL_INLINE void store32(uint8_t *dst, __m256i v) { _mm256_storeu_si256((__m256i *)dst, v); }
 LEVEL_INLINE void store16(uint8_t *dst, __m128i v) { _mm_storeu_si128((__m128i *)dst, v); }
 
-// See quantize.inc.
+// See quantize_frame.h.
 LEVEL_INLINE uint32_t largest(int dtype, const uint8_t *src, int64_t n) {
     __m512i top = _mm512_setzero_si512();
     if (dtype == GQ_F32) {

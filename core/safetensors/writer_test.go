@@ -127,8 +127,8 @@ func TestRoundTrip(t *testing.T) {
 		}
 		wantNames(t, dir, "m.safetensors")
 		wantError(t, "second Commit", w.Commit(), path, "has ended")
-		if err := w.WriteAt(0, nil, 0); len(specs) > 0 && len(data[0]) > 0 {
-			if err = w.WriteAt(0, data[0][:1], 0); !errors.Is(err, os.ErrClosed) {
+		if len(specs) > 0 && len(data[0]) > 0 {
+			if err := w.WriteAt(0, data[0][:1], 0); !errors.Is(err, os.ErrClosed) {
 				t.Errorf("WriteAt after Commit: %v", err)
 			}
 		}

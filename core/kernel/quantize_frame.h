@@ -5,6 +5,8 @@
 //   largest(dtype, src, n)         the bits of the largest magnitude of n elements, NaN above all; 32 divides n
 //   BITS, CODER                    the size of a code, and the type of what codes32 needs to find codes
 //   codes32(coder, dtype, src, r, codes)   the 4·BITS bytes of codes of 32 elements times r
+//
+// (The frames are named .h because the go command rebuilds for changes of headers only.)
 
 LEVEL_INLINE int64_t quantize_blocks(CODER coder, int dtype, const uint8_t *src, int64_t n, int64_t blocksize, float *absmax, uint8_t *codes) {
     // Scales come first and codes second, for a few blocks at a time: a scale and its reciprocal are a long chain of
