@@ -18,10 +18,11 @@ const module = "github.com/gquant/gquant/"
 var allowed = map[string][]string{
 	"core/dtype":       {},
 	"core/safetensors": {"core/dtype"},
+	"core/globs":       {},
 	"core/kernel":      {"core/dtype"},
 	"core/quant":       {"core/kernel", "core/dtype"},
 	"core/checkpoint":  {"core/quant", "core/safetensors", "core/dtype"},
-	"core/convert":     {"core/checkpoint", "core/quant", "core/safetensors", "core/dtype"},
+	"core/convert":     {"core/checkpoint", "core/globs", "core/quant", "core/safetensors", "core/dtype"},
 	"core/verify":      {"core/checkpoint", "core/safetensors", "core/dtype"},
 	"cmd/gquant":       {"core/convert", "core/verify", "core/checkpoint", "core/quant", "core/kernel", "core/safetensors", "core/dtype"},
 }
