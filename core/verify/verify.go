@@ -18,9 +18,9 @@ import (
 
 // Options of a check.
 type Options struct {
-	SHA256  bool // hash every file
-	Strict  bool // NaN, Inf and all-zero weights are problems
-	Threads int  // 0 = all cores
+	SHA256  bool `json:"sha256"`  // hash every file
+	Strict  bool `json:"strict"`  // NaN, Inf and all-zero weights are problems
+	Threads int  `json:"threads"` // 0 = all cores
 }
 
 // Result is what a check found. A model with Problems should not be published.
