@@ -64,9 +64,6 @@ var poisoned atomic.Bool
 
 // guarded runs an export: what fails becomes a status, with its message for the calling thread.
 func guarded(function string, run func() error) (status C.gq_status) {
-	if C.gq_guard_forked != 0 {
-		return fail(C.GQ_ERROR_FORKED, function+": this process was forked after libgquant was loaded, which the Go runtime does not survive; start it with spawn, forkserver or exec")
-	}
 	if poisoned.Load() {
 		return fail(C.GQ_ERROR_INTERNAL, function+": an earlier call met a defect of the library; restart the process")
 	}

@@ -67,15 +67,15 @@ func asInvalid(_ int64, err error) error {
 	return failure{C.GQ_ERROR_INVALID_ARGUMENT, err}
 }
 
-//export gq_quantize_nf4
-func gq_quantize_nf4(src C.gq_addr, d C.gq_dtype, n, blocksize C.int64_t, absmax C.gq_addr, absmaxCount C.int64_t, packed C.gq_addr, packedBytes C.size_t, exec *C.gq_const_exec) C.gq_status {
+//export go_gq_quantize_nf4
+func go_gq_quantize_nf4(src C.gq_addr, d C.gq_dtype, n, blocksize C.int64_t, absmax C.gq_addr, absmaxCount C.int64_t, packed C.gq_addr, packedBytes C.size_t, exec *C.gq_const_exec) C.gq_status {
 	return guarded("gq_quantize_nf4", func() error {
 		return quantizeFlat("nf4", src, d, n, blocksize, absmax, absmaxCount, packed, packedBytes, exec)
 	})
 }
 
-//export gq_quantize_fp4
-func gq_quantize_fp4(src C.gq_addr, d C.gq_dtype, n, blocksize C.int64_t, absmax C.gq_addr, absmaxCount C.int64_t, packed C.gq_addr, packedBytes C.size_t, exec *C.gq_const_exec) C.gq_status {
+//export go_gq_quantize_fp4
+func go_gq_quantize_fp4(src C.gq_addr, d C.gq_dtype, n, blocksize C.int64_t, absmax C.gq_addr, absmaxCount C.int64_t, packed C.gq_addr, packedBytes C.size_t, exec *C.gq_const_exec) C.gq_status {
 	return guarded("gq_quantize_fp4", func() error {
 		return quantizeFlat("fp4", src, d, n, blocksize, absmax, absmaxCount, packed, packedBytes, exec)
 	})
@@ -96,8 +96,8 @@ func table256(name string, a C.gq_addr, bytes uint64) (*[256]float32, error) {
 	return (*[256]float32)(values), nil
 }
 
-//export gq_quantize_blockwise
-func gq_quantize_blockwise(src C.gq_addr, d C.gq_dtype, n, blocksize C.int64_t, table, absmax C.gq_addr, absmaxCount C.int64_t, codes C.gq_addr, codesBytes C.size_t, exec *C.gq_const_exec) C.gq_status {
+//export go_gq_quantize_blockwise
+func go_gq_quantize_blockwise(src C.gq_addr, d C.gq_dtype, n, blocksize C.int64_t, table, absmax C.gq_addr, absmaxCount C.int64_t, codes C.gq_addr, codesBytes C.size_t, exec *C.gq_const_exec) C.gq_status {
 	return guarded("gq_quantize_blockwise", func() error {
 		threads, err := execution(exec)
 		if err != nil {
@@ -143,8 +143,8 @@ var codebooks = map[string]func() (*[256]float32, error){
 	"fp8_e5m2":         func() (*[256]float32, error) { return quant.FP8Map(true, 5, 2) },
 }
 
-//export gq_codebook
-func gq_codebook(name *C.gq_const_char, table *C.float, count C.int64_t) C.gq_status {
+//export go_gq_codebook
+func go_gq_codebook(name *C.gq_const_char, table *C.float, count C.int64_t) C.gq_status {
 	return guarded("gq_codebook", func() error {
 		wanted, err := text("name", name)
 		if err != nil {
@@ -189,8 +189,8 @@ func nibbles(codes C.gq_addr, n C.int64_t, order C.int32_t, packed C.gq_addr, pa
 	return unpacked, bytes, err
 }
 
-//export gq_pack_4bit
-func gq_pack_4bit(codes C.gq_addr, n C.int64_t, order C.int32_t, packed C.gq_addr, packedBytes C.size_t, exec *C.gq_const_exec) C.gq_status {
+//export go_gq_pack_4bit
+func go_gq_pack_4bit(codes C.gq_addr, n C.int64_t, order C.int32_t, packed C.gq_addr, packedBytes C.size_t, exec *C.gq_const_exec) C.gq_status {
 	return guarded("gq_pack_4bit", func() error {
 		in, out, err := nibbles(codes, n, order, packed, packedBytes, exec)
 		if err != nil {
@@ -200,8 +200,8 @@ func gq_pack_4bit(codes C.gq_addr, n C.int64_t, order C.int32_t, packed C.gq_add
 	})
 }
 
-//export gq_unpack_4bit
-func gq_unpack_4bit(packed C.gq_addr, packedBytes C.size_t, order C.int32_t, codes C.gq_addr, n C.int64_t, exec *C.gq_const_exec) C.gq_status {
+//export go_gq_unpack_4bit
+func go_gq_unpack_4bit(packed C.gq_addr, packedBytes C.size_t, order C.int32_t, codes C.gq_addr, n C.int64_t, exec *C.gq_const_exec) C.gq_status {
 	return guarded("gq_unpack_4bit", func() error {
 		out, in, err := nibbles(codes, n, order, packed, packedBytes, exec)
 		if err != nil {

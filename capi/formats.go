@@ -8,7 +8,6 @@ import (
 	"runtime"
 	"slices"
 	"sync"
-	"unsafe"
 
 	"github.com/gquant/gquant/core/kernel"
 	"github.com/gquant/gquant/core/quant"
@@ -43,8 +42,8 @@ func formatNumber(f *quant.Format) C.gq_format {
 	return C.gq_format(1 + slices.IndexFunc(formats(), func(info C.gq_format_info) bool { return C.GoString(info.name) == f.Name }))
 }
 
-//export gq_format_count
-func gq_format_count(count *C.int32_t) C.gq_status {
+//export go_gq_format_count
+func go_gq_format_count(count *C.int32_t) C.gq_status {
 	return guarded("gq_format_count", func() error {
 		if count == nil {
 			return invalid("count is NULL")
@@ -54,8 +53,8 @@ func gq_format_count(count *C.int32_t) C.gq_status {
 	})
 }
 
-//export gq_format_get_info
-func gq_format_get_info(format C.gq_format, info *C.gq_format_info) C.gq_status {
+//export go_gq_format_get_info
+func go_gq_format_get_info(format C.gq_format, info *C.gq_format_info) C.gq_status {
 	return guarded("gq_format_get_info", func() error {
 		if _, err := formatName(format); err != nil {
 			return err
@@ -65,8 +64,8 @@ func gq_format_get_info(format C.gq_format, info *C.gq_format_info) C.gq_status 
 	})
 }
 
-//export gq_format_by_name
-func gq_format_by_name(name *C.gq_const_char, format *C.gq_format) C.gq_status {
+//export go_gq_format_by_name
+func go_gq_format_by_name(name *C.gq_const_char, format *C.gq_format) C.gq_status {
 	return guarded("gq_format_by_name", func() error {
 		if format == nil {
 			return invalid("format is NULL")
@@ -86,7 +85,8 @@ func gq_format_by_name(name *C.gq_const_char, format *C.gq_format) C.gq_status {
 	})
 }
 
-var buildInfo = sync.OnceValue(func() *C.char {
+// buildInfo is the text of gq_build_info.
+func buildInfo() *C.char {
 	text, err := json.Marshal(map[string]any{
 		"version": version, "go": runtime.Version(), "cpu": kernel.Level(), "cpu_levels": kernel.Levels(), "devices": 0,
 	})
@@ -94,13 +94,10 @@ var buildInfo = sync.OnceValue(func() *C.char {
 		panic(err)
 	}
 	return C.CString(string(text))
-})
+}
 
-//export gq_build_info
-func gq_build_info() *C.gq_const_char { return (*C.gq_const_char)(unsafe.Pointer(buildInfo())) }
-
-//export gq_device_count
-func gq_device_count(count *C.int32_t) C.gq_status {
+//export go_gq_device_count
+func go_gq_device_count(count *C.int32_t) C.gq_status {
 	return guarded("gq_device_count", func() error {
 		if count == nil {
 			return invalid("count is NULL")

@@ -7,6 +7,7 @@
 #include "../include/gquant.h"
 
 volatile int gq_guard_forked;
+const char *gq_guard_version, *gq_guard_build_info;
 
 static pthread_key_t last_error; // a malloc'ed text per thread
 

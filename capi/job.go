@@ -113,16 +113,16 @@ func (r *convertRequest) run(ctx context.Context, j *job, plan func(m *checkpoin
 	return convert.Run(ctx, p, func(n int64) { j.bytes.Add(uint64(n)) })
 }
 
-//export gq_convert
-func gq_convert(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
+//export go_gq_convert
+func go_gq_convert(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
 	r := &convertRequest{Options: convert.DefaultOptions()}
 	return start("gq_convert", request, handle, r, func(ctx context.Context, j *job) (any, error) {
 		return r.run(ctx, j, func(m *checkpoint.Model) (*convert.Plan, error) { return convert.New(m, r.Options) })
 	})
 }
 
-//export gq_dequantize_model
-func gq_dequantize_model(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
+//export go_gq_dequantize_model
+func go_gq_dequantize_model(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
 	r := &convertRequest{Options: convert.DefaultOptions()}
 	return start("gq_dequantize_model", request, handle, r, func(ctx context.Context, j *job) (any, error) {
 		d, ok := map[string]dtype.DType{"": 0, "f32": dtype.F32, "f16": dtype.F16, "bf16": dtype.BF16}[r.DType]
@@ -133,8 +133,8 @@ func gq_dequantize_model(request *C.gq_const_char, handle **C.gq_job) C.gq_statu
 	})
 }
 
-//export gq_verify
-func gq_verify(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
+//export go_gq_verify
+func go_gq_verify(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
 	r := &struct {
 		Source string `json:"source"`
 		verify.Options
@@ -142,8 +142,8 @@ func gq_verify(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
 	return start("gq_verify", request, handle, r, func(context.Context, *job) (any, error) { return verify.Run(r.Source, r.Options) })
 }
 
-//export gq_diff
-func gq_diff(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
+//export go_gq_diff
+func go_gq_diff(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
 	r := &struct {
 		A       string `json:"a"`
 		B       string `json:"b"`
@@ -152,8 +152,8 @@ func gq_diff(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
 	return start("gq_diff", request, handle, r, func(context.Context, *job) (any, error) { return verify.Diff(r.A, r.B, r.Threads) })
 }
 
-//export gq_inspect
-func gq_inspect(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
+//export go_gq_inspect
+func go_gq_inspect(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
 	r := &struct {
 		Source string `json:"source"`
 	}{}
@@ -188,8 +188,8 @@ func (j *job) finished() bool {
 	}
 }
 
-//export gq_job_poll
-func gq_job_poll(handle *C.gq_job, progress *C.gq_job_progress) C.gq_status {
+//export go_gq_job_poll
+func go_gq_job_poll(handle *C.gq_job, progress *C.gq_job_progress) C.gq_status {
 	return withJob("gq_job_poll", handle, func(j *job) error {
 		p := C.gq_job_progress{done_bytes: C.uint64_t(j.bytes.Load()), total_bytes: C.uint64_t(j.total.Load())}
 		if j.finished() {
@@ -199,16 +199,16 @@ func gq_job_poll(handle *C.gq_job, progress *C.gq_job_progress) C.gq_status {
 	})
 }
 
-//export gq_job_cancel
-func gq_job_cancel(handle *C.gq_job) C.gq_status {
+//export go_gq_job_cancel
+func go_gq_job_cancel(handle *C.gq_job) C.gq_status {
 	return withJob("gq_job_cancel", handle, func(j *job) error {
 		j.cancel()
 		return nil
 	})
 }
 
-//export gq_job_wait
-func gq_job_wait(handle *C.gq_job, timeout C.int64_t, finished *C.int32_t) C.gq_status {
+//export go_gq_job_wait
+func go_gq_job_wait(handle *C.gq_job, timeout C.int64_t, finished *C.int32_t) C.gq_status {
 	return withJob("gq_job_wait", handle, func(j *job) error {
 		if finished == nil {
 			return invalid("finished is NULL")
@@ -236,8 +236,8 @@ func gq_job_wait(handle *C.gq_job, timeout C.int64_t, finished *C.int32_t) C.gq_
 	})
 }
 
-//export gq_job_result
-func gq_job_result(handle *C.gq_job, out **C.gq_const_char) C.gq_status {
+//export go_gq_job_result
+func go_gq_job_result(handle *C.gq_job, out **C.gq_const_char) C.gq_status {
 	return withJob("gq_job_result", handle, func(j *job) error {
 		if out == nil {
 			return invalid("json is NULL")
@@ -252,8 +252,8 @@ func gq_job_result(handle *C.gq_job, out **C.gq_const_char) C.gq_status {
 
 var empty = C.CString("")
 
-//export gq_job_free
-func gq_job_free(handle *C.gq_job) C.gq_status {
+//export go_gq_job_free
+func go_gq_job_free(handle *C.gq_job) C.gq_status {
 	return guarded("gq_job_free", func() error {
 		if handle == nil {
 			return nil

@@ -34,8 +34,8 @@ type model struct {
 
 var models = newRegistry[*model]("model", 2)
 
-//export gq_load_model
-func gq_load_model(path *C.gq_const_char, opts *C.gq_const_load_options, handle **C.gq_model) C.gq_status {
+//export go_gq_load_model
+func go_gq_load_model(path *C.gq_const_char, opts *C.gq_const_load_options, handle **C.gq_model) C.gq_status {
 	return guarded("gq_load_model", func() error {
 		if handle == nil {
 			return invalid("model is NULL")
@@ -133,8 +133,8 @@ func (m *model) shape(dims []int64) *C.int64_t {
 	return c
 }
 
-//export gq_free_model
-func gq_free_model(handle *C.gq_model) C.gq_status {
+//export go_gq_free_model
+func go_gq_free_model(handle *C.gq_model) C.gq_status {
 	return guarded("gq_free_model", func() error {
 		if handle == nil {
 			return nil
@@ -197,23 +197,23 @@ func find(what string, names map[string]int64, name *C.gq_const_char, index *C.i
 	return nil
 }
 
-//export gq_model_tensor_count
-func gq_model_tensor_count(handle *C.gq_model, out *C.int64_t) C.gq_status {
+//export go_gq_model_tensor_count
+func go_gq_model_tensor_count(handle *C.gq_model, out *C.int64_t) C.gq_status {
 	return withModel("gq_model_tensor_count", handle, func(m *model) error { return counted(out, len(m.tensors)) })
 }
 
-//export gq_model_layer_count
-func gq_model_layer_count(handle *C.gq_model, out *C.int64_t) C.gq_status {
+//export go_gq_model_layer_count
+func go_gq_model_layer_count(handle *C.gq_model, out *C.int64_t) C.gq_status {
 	return withModel("gq_model_layer_count", handle, func(m *model) error { return counted(out, len(m.layers)) })
 }
 
-//export gq_model_metadata_count
-func gq_model_metadata_count(handle *C.gq_model, out *C.int64_t) C.gq_status {
+//export go_gq_model_metadata_count
+func go_gq_model_metadata_count(handle *C.gq_model, out *C.int64_t) C.gq_status {
 	return withModel("gq_model_metadata_count", handle, func(m *model) error { return counted(out, len(m.metadataTexts)) })
 }
 
-//export gq_model_tensor
-func gq_model_tensor(handle *C.gq_model, index C.int64_t, info *C.gq_tensor_info) C.gq_status {
+//export go_gq_model_tensor
+func go_gq_model_tensor(handle *C.gq_model, index C.int64_t, info *C.gq_tensor_info) C.gq_status {
 	return withModel("gq_model_tensor", handle, func(m *model) error {
 		found, err := item("tensor", m.infos, index)
 		if err != nil {
@@ -224,8 +224,8 @@ func gq_model_tensor(handle *C.gq_model, index C.int64_t, info *C.gq_tensor_info
 	})
 }
 
-//export gq_model_layer
-func gq_model_layer(handle *C.gq_model, index C.int64_t, info *C.gq_layer_info) C.gq_status {
+//export go_gq_model_layer
+func go_gq_model_layer(handle *C.gq_model, index C.int64_t, info *C.gq_layer_info) C.gq_status {
 	return withModel("gq_model_layer", handle, func(m *model) error {
 		found, err := item("layer", m.layerInfos, index)
 		if err != nil {
@@ -236,8 +236,8 @@ func gq_model_layer(handle *C.gq_model, index C.int64_t, info *C.gq_layer_info) 
 	})
 }
 
-//export gq_model_metadata
-func gq_model_metadata(handle *C.gq_model, index C.int64_t, key, value **C.gq_const_char) C.gq_status {
+//export go_gq_model_metadata
+func go_gq_model_metadata(handle *C.gq_model, index C.int64_t, key, value **C.gq_const_char) C.gq_status {
 	return withModel("gq_model_metadata", handle, func(m *model) error {
 		if key == nil || value == nil {
 			return invalid("key or value is NULL")
@@ -252,13 +252,13 @@ func gq_model_metadata(handle *C.gq_model, index C.int64_t, key, value **C.gq_co
 	})
 }
 
-//export gq_model_find_tensor
-func gq_model_find_tensor(handle *C.gq_model, name *C.gq_const_char, index *C.int64_t) C.gq_status {
+//export go_gq_model_find_tensor
+func go_gq_model_find_tensor(handle *C.gq_model, name *C.gq_const_char, index *C.int64_t) C.gq_status {
 	return withModel("gq_model_find_tensor", handle, func(m *model) error { return find("tensor", m.tensorIndex, name, index) })
 }
 
-//export gq_model_find_layer
-func gq_model_find_layer(handle *C.gq_model, name *C.gq_const_char, index *C.int64_t) C.gq_status {
+//export go_gq_model_find_layer
+func go_gq_model_find_layer(handle *C.gq_model, name *C.gq_const_char, index *C.int64_t) C.gq_status {
 	return withModel("gq_model_find_layer", handle, func(m *model) error { return find("layer", m.layerIndex, name, index) })
 }
 
@@ -283,8 +283,8 @@ func readAll(e safetensors.Entry, out []byte, first int64, threads int) error {
 	return pieces(int64(len(out)), readPiece, threads, func(at, n int64) error { return e.Read(out[at:at+n], first+at) })
 }
 
-//export gq_model_read
-func gq_model_read(handle *C.gq_model, index C.int64_t, first C.uint64_t, out C.gq_addr, outBytes C.size_t, exec *C.gq_const_exec) C.gq_status {
+//export go_gq_model_read
+func go_gq_model_read(handle *C.gq_model, index C.int64_t, first C.uint64_t, out C.gq_addr, outBytes C.size_t, exec *C.gq_const_exec) C.gq_status {
 	return withModel("gq_model_read", handle, func(m *model) error {
 		threads, err := execution(exec)
 		if err != nil {
@@ -358,8 +358,8 @@ func readParts(l *checkpoint.Layer, parts *C.gq_parts, threads int) error {
 	return readAll(l.Parts[checkpoint.Packed], packed, 0, threads)
 }
 
-//export gq_model_read_layer
-func gq_model_read_layer(handle *C.gq_model, index C.int64_t, parts *C.gq_const_parts, exec *C.gq_const_exec) C.gq_status {
+//export go_gq_model_read_layer
+func go_gq_model_read_layer(handle *C.gq_model, index C.int64_t, parts *C.gq_const_parts, exec *C.gq_const_exec) C.gq_status {
 	return withModel("gq_model_read_layer", handle, func(m *model) error {
 		threads, err := execution(exec)
 		if err != nil {
@@ -376,8 +376,8 @@ func gq_model_read_layer(handle *C.gq_model, index C.int64_t, parts *C.gq_const_
 	})
 }
 
-//export gq_model_state
-func gq_model_state(handle *C.gq_model, index C.int64_t, out **C.gq_state) C.gq_status {
+//export go_gq_model_state
+func go_gq_model_state(handle *C.gq_model, index C.int64_t, out **C.gq_state) C.gq_status {
 	return withModel("gq_model_state", handle, func(m *model) error {
 		if out == nil {
 			return invalid("state is NULL")
@@ -430,8 +430,8 @@ func arena(parts *C.gq_parts) (unsafe.Pointer, error) {
 	return base, nil
 }
 
-//export gq_model_dequantize
-func gq_model_dequantize(handle *C.gq_model, index, firstRow, rows C.int64_t, out C.gq_addr, outBytes C.size_t, d C.gq_dtype, exec *C.gq_const_exec) C.gq_status {
+//export go_gq_model_dequantize
+func go_gq_model_dequantize(handle *C.gq_model, index, firstRow, rows C.int64_t, out C.gq_addr, outBytes C.size_t, d C.gq_dtype, exec *C.gq_const_exec) C.gq_status {
 	return withModel("gq_model_dequantize", handle, func(m *model) error {
 		threads, err := execution(exec)
 		if err != nil {

@@ -163,8 +163,8 @@ func quantizeOptions(given *C.gq_const_quantize_options) (blocksize int64, neste
 	return int64(o.blocksize), o.nested == 1, nil
 }
 
-//export gq_quantized_layout
-func gq_quantized_layout(format C.gq_format, shape *C.gq_const_int64, ndim C.int32_t, opts *C.gq_const_quantize_options, sizes *C.gq_parts) C.gq_status {
+//export go_gq_quantized_layout
+func go_gq_quantized_layout(format C.gq_format, shape *C.gq_const_int64, ndim C.int32_t, opts *C.gq_const_quantize_options, sizes *C.gq_parts) C.gq_status {
 	return guarded("gq_quantized_layout", func() error {
 		if sizes == nil {
 			return invalid("layout is NULL")
@@ -192,8 +192,8 @@ func requested(format C.gq_format, d dtype.DType, shape *C.gq_const_int64, ndim 
 	return newLayout(format, d, dimensions, blocksize, nested)
 }
 
-//export gq_quantize
-func gq_quantize(format C.gq_format, src C.gq_addr, d C.gq_dtype, shape *C.gq_const_int64, ndim C.int32_t, opts *C.gq_const_quantize_options, parts *C.gq_const_parts, exec *C.gq_const_exec, nonfinite *C.int64_t) C.gq_status {
+//export go_gq_quantize
+func go_gq_quantize(format C.gq_format, src C.gq_addr, d C.gq_dtype, shape *C.gq_const_int64, ndim C.int32_t, opts *C.gq_const_quantize_options, parts *C.gq_const_parts, exec *C.gq_const_exec, nonfinite *C.int64_t) C.gq_status {
 	return guarded("gq_quantize", func() error {
 		if nonfinite != nil {
 			*nonfinite = 0

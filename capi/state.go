@@ -28,8 +28,8 @@ func newState(l *layout, parts C.gq_parts, owned unsafe.Pointer) *C.gq_state {
 	return stateHandle(states.add(s))
 }
 
-//export gq_state_create
-func gq_state_create(desc *C.gq_const_state_desc, handle **C.gq_state) C.gq_status {
+//export go_gq_state_create
+func go_gq_state_create(desc *C.gq_const_state_desc, handle **C.gq_state) C.gq_status {
 	return guarded("gq_state_create", func() error {
 		if handle == nil {
 			return invalid("state is NULL")
@@ -71,8 +71,8 @@ func gq_state_create(desc *C.gq_const_state_desc, handle **C.gq_state) C.gq_stat
 	})
 }
 
-//export gq_state_free
-func gq_state_free(handle *C.gq_state) C.gq_status {
+//export go_gq_state_free
+func go_gq_state_free(handle *C.gq_state) C.gq_status {
 	return guarded("gq_state_free", func() error {
 		if handle == nil {
 			return nil
@@ -87,8 +87,8 @@ func gq_state_free(handle *C.gq_state) C.gq_status {
 	})
 }
 
-//export gq_state_get_desc
-func gq_state_get_desc(handle *C.gq_state, desc *C.gq_state_desc) C.gq_status {
+//export go_gq_state_get_desc
+func go_gq_state_get_desc(handle *C.gq_state, desc *C.gq_state_desc) C.gq_status {
 	return guarded("gq_state_get_desc", func() error {
 		s, done, err := states.use(stateNumber(handle))
 		if err != nil {
@@ -107,8 +107,8 @@ func gq_state_get_desc(handle *C.gq_state, desc *C.gq_state_desc) C.gq_status {
 	})
 }
 
-//export gq_state_json
-func gq_state_json(handle *C.gq_state, out *C.char, capacity C.size_t, length *C.size_t) C.gq_status {
+//export go_gq_state_json
+func go_gq_state_json(handle *C.gq_state, out *C.char, capacity C.size_t, length *C.size_t) C.gq_status {
 	return guarded("gq_state_json", func() error {
 		if length == nil {
 			return invalid("length is NULL")
@@ -138,13 +138,13 @@ func gq_state_json(handle *C.gq_state, out *C.char, capacity C.size_t, length *C
 	})
 }
 
-//export gq_dequantize
-func gq_dequantize(handle *C.gq_state, out C.gq_addr, outBytes C.size_t, d C.gq_dtype, exec *C.gq_const_exec) C.gq_status {
+//export go_gq_dequantize
+func go_gq_dequantize(handle *C.gq_state, out C.gq_addr, outBytes C.size_t, d C.gq_dtype, exec *C.gq_const_exec) C.gq_status {
 	return guarded("gq_dequantize", func() error { return dequantizeState(handle, 0, -1, out, outBytes, d, exec) })
 }
 
-//export gq_dequantize_range
-func gq_dequantize_range(handle *C.gq_state, first, n C.int64_t, out C.gq_addr, outBytes C.size_t, d C.gq_dtype, exec *C.gq_const_exec) C.gq_status {
+//export go_gq_dequantize_range
+func go_gq_dequantize_range(handle *C.gq_state, first, n C.int64_t, out C.gq_addr, outBytes C.size_t, d C.gq_dtype, exec *C.gq_const_exec) C.gq_status {
 	return guarded("gq_dequantize_range", func() error {
 		if err := count("count", n); err != nil {
 			return err
