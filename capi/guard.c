@@ -4,18 +4,23 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../include/gquant.h"
+#include "_cgo_export.h"
 
 volatile int gq_guard_forked;
 const char *gq_guard_version, *gq_guard_build_info;
 
 static pthread_key_t last_error; // a malloc'ed text per thread
 
+// A child may ask for the version, so Go must have started before.
+static void before_fork(void) {
+    if (!gq_guard_version) go_gq_version();
+}
+
 static void after_fork_in_child(void) { gq_guard_forked = 1; }
 
 __attribute__((constructor)) static void start(void) {
     pthread_key_create(&last_error, free);
-    pthread_atfork(NULL, NULL, after_fork_in_child);
+    pthread_atfork(before_fork, NULL, after_fork_in_child);
 }
 
 void gq_guard_set_error(const char *message) {

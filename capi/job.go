@@ -44,13 +44,13 @@ func start(function string, request *C.gq_const_char, handle **C.gq_job, into an
 		if err != nil {
 			return err
 		}
+		if !strings.HasPrefix(strings.TrimSpace(text), "{") || !json.Valid([]byte(text)) {
+			return invalid("request is not a JSON object: %.100q", text)
+		}
 		d := json.NewDecoder(strings.NewReader(text))
 		d.DisallowUnknownFields()
 		if err := d.Decode(into); err != nil {
 			return invalid("request: %v", err)
-		}
-		if d.More() {
-			return invalid("request: something follows the JSON object")
 		}
 		ctx, cancel := context.WithCancel(context.Background())
 		j := &job{cancel: cancel, done: make(chan struct{})}
@@ -71,6 +71,8 @@ func (j *job) run(function string, ctx context.Context, run func(ctx context.Con
 	result, err := run(ctx, j)
 	if err != nil {
 		j.err = fmt.Errorf("%s: %w", function, err)
+	}
+	if result == nil {
 		return
 	}
 	var b bytes.Buffer
@@ -83,14 +85,6 @@ func (j *job) run(function string, ctx context.Context, run func(ctx context.Con
 	j.result = C.CString(strings.TrimSuffix(b.String(), "\n"))
 }
 
-// jobStatus is the status of a job's error: what core refuses without a more special reason is GQ_ERROR_FAILED.
-func jobStatus(err error) C.gq_status {
-	if status := statusOf(err); status != C.GQ_ERROR_BAD_FILE {
-		return status
-	}
-	return C.GQ_ERROR_FAILED
-}
-
 // convertRequest are the fields of gq_convert and gq_dequantize_model: those of the command line.
 type convertRequest struct {
 	Source string `json:"source"`
@@ -98,7 +92,7 @@ type convertRequest struct {
 	convert.Options
 }
 
-// planned runs a plan of an opened model.
+// run carries out a plan of an opened model.
 func (r *convertRequest) run(ctx context.Context, j *job, plan func(m *checkpoint.Model) (*convert.Plan, error)) (any, error) {
 	m, err := checkpoint.Open(r.Source)
 	if err != nil {
@@ -110,7 +104,11 @@ func (r *convertRequest) run(ctx context.Context, j *job, plan func(m *checkpoin
 		return nil, err
 	}
 	j.total.Store(uint64(p.Bytes))
-	return convert.Run(ctx, p, func(n int64) { j.bytes.Add(uint64(n)) })
+	report, err := convert.Run(ctx, p, func(n int64) { j.bytes.Add(uint64(n)) })
+	if err != nil {
+		return nil, err
+	}
+	return report, nil
 }
 
 //export go_gq_convert
@@ -139,7 +137,16 @@ func go_gq_verify(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
 		Source string `json:"source"`
 		verify.Options
 	}{}
-	return start("gq_verify", request, handle, r, func(context.Context, *job) (any, error) { return verify.Run(r.Source, r.Options) })
+	return start("gq_verify", request, handle, r, func(ctx context.Context, _ *job) (any, error) {
+		result, err := verify.Run(ctx, r.Source, r.Options)
+		if err != nil {
+			return nil, err
+		}
+		if n := len(result.Problems); n > 0 {
+			return result, failure{C.GQ_ERROR_FAILED, fmt.Errorf("%d problem(s); the first: %s", n, result.Problems[0])}
+		}
+		return result, nil
+	})
 }
 
 //export go_gq_diff
@@ -149,7 +156,13 @@ func go_gq_diff(request *C.gq_const_char, handle **C.gq_job) C.gq_status {
 		B       string `json:"b"`
 		Threads int    `json:"threads"`
 	}{}
-	return start("gq_diff", request, handle, r, func(context.Context, *job) (any, error) { return verify.Diff(r.A, r.B, r.Threads) })
+	return start("gq_diff", request, handle, r, func(ctx context.Context, _ *job) (any, error) {
+		c, err := verify.Diff(ctx, r.A, r.B, r.Threads)
+		if err != nil {
+			return nil, err
+		}
+		return c, nil
+	})
 }
 
 //export go_gq_inspect
@@ -230,7 +243,7 @@ func go_gq_job_wait(handle *C.gq_job, timeout C.int64_t, finished *C.int32_t) C.
 		}
 		*finished = 1
 		if j.err != nil {
-			return failure{jobStatus(j.err), j.err}
+			return failure{statusOf(j.err, C.GQ_ERROR_FAILED), j.err}
 		}
 		return nil
 	})

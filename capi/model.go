@@ -446,9 +446,12 @@ func go_gq_model_dequantize(handle *C.gq_model, index, firstRow, rows C.int64_t,
 			return err
 		}
 		l := *found
-		all, row := l.State.Shape[0], int64(1)
-		for _, dim := range l.State.Shape[1:] {
-			row *= dim
+		all, row := int64(1), int64(1) // a layer without dimensions has one row
+		if shape := l.State.Shape; len(shape) > 0 {
+			all = shape[0]
+			for _, dim := range shape[1:] {
+				row *= dim
+			}
 		}
 		if firstRow < 0 || rows < 0 || int64(firstRow) > all || int64(rows) > all-int64(firstRow) {
 			return invalid("rows %d to %d of layer %q, which has %d", int64(firstRow), int64(firstRow)+int64(rows), l.Name, all)

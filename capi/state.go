@@ -45,6 +45,9 @@ func go_gq_state_create(desc *C.gq_const_state_desc, handle **C.gq_state) C.gq_s
 		if d.device != C.GQ_CPU {
 			return unsupported("desc.device is %d, but this build computes on the CPU only (GQ_CPU)", int32(d.device))
 		}
+		if d.reserved != 0 {
+			return invalid("desc.reserved is %d; want 0", uint32(d.reserved))
+		}
 		t, err := weightType("desc.dtype", d.dtype)
 		if err != nil {
 			return err
@@ -131,7 +134,7 @@ func go_gq_state_json(handle *C.gq_state, out *C.char, capacity C.size_t, length
 			return invalid("text is NULL with a capacity of %d", uint64(capacity))
 		}
 		*length = C.size_t(len(json))
-		if n := min(len(json), int(capacity)); n > 0 {
+		if n := min(uint64(len(json)), uint64(capacity)); n > 0 {
 			copy(unsafe.Slice((*byte)(unsafe.Pointer(out)), n), json)
 		}
 		return nil

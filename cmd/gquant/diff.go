@@ -16,7 +16,7 @@ func diffCommand() *cobra.Command {
 		Short: "Compare two models tensor by tensor; A is the reference",
 		Args:  arguments(2),
 		RunE: func(c *cobra.Command, args []string) error {
-			cmp, err := verify.Diff(args[0], args[1], threads)
+			cmp, err := verify.Diff(c.Context(), args[0], args[1], threads)
 			if err != nil {
 				return err
 			}

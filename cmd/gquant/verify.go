@@ -16,7 +16,7 @@ func verifyCommand() *cobra.Command {
 		Short: "Check a model's structure, its quantized layers and its numbers",
 		Args:  arguments(1),
 		RunE: func(c *cobra.Command, args []string) error {
-			r, err := verify.Run(args[0], o)
+			r, err := verify.Run(c.Context(), args[0], o)
 			if err != nil {
 				return err
 			}

@@ -32,24 +32,29 @@ func DefaultOptions() Options {
 	return Options{Mode: "nf4", BlockSize: 64, QuantStorage: "uint8", Convention: "bitsandbytes"}
 }
 
+// OptionError is an option with a value that it cannot have.
+type OptionError struct{ error }
+
+func badOption(format string, args ...any) error { return OptionError{fmt.Errorf(format, args...)} }
+
 // target checks the options that say how a layer is written.
 func (o Options) target() (checkpoint.Target, error) {
 	t := checkpoint.Target{Blocksize: o.BlockSize, Nested: o.DoubleQuant, Convention: o.Convention}
 	format, err := quant.Lookup(o.Mode)
 	if err != nil || format.Bits != 4 {
-		return t, fmt.Errorf("mode %q is not one of nf4, fp4", o.Mode)
+		return t, badOption("mode %q is not one of nf4, fp4", o.Mode)
 	}
 	t.Format = format
 	if !slices.Contains(quant.Blocksizes(), o.BlockSize) {
-		return t, fmt.Errorf("block size %d is not one of %v", o.BlockSize, quant.Blocksizes())
+		return t, badOption("block size %d is not one of %v", o.BlockSize, quant.Blocksizes())
 	}
 	storage, ok := checkpoint.Storages[o.QuantStorage]
 	if !ok {
-		return t, fmt.Errorf("quant storage %q is not one of uint8, int8, bf16, f16, f32", o.QuantStorage)
+		return t, badOption("quant storage %q is not one of uint8, int8, bf16, f16, f32", o.QuantStorage)
 	}
 	t.Storage = storage
 	if !slices.Contains(checkpoint.Conventions(), o.Convention) {
-		return t, fmt.Errorf("convention %q is not one of %v", o.Convention, checkpoint.Conventions())
+		return t, badOption("convention %q is not one of %v", o.Convention, checkpoint.Conventions())
 	}
 	return t, nil
 }

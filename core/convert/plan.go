@@ -116,11 +116,11 @@ func New(m *checkpoint.Model, o Options) (*Plan, error) {
 	}
 	exclude, err := globs.New(o.Exclude)
 	if err != nil {
-		return nil, err
+		return nil, OptionError{err}
 	}
 	include, err := globs.New(o.Include)
 	if err != nil {
-		return nil, err
+		return nil, OptionError{err}
 	}
 	if o.Output == "" {
 		o.Output = DefaultOutput(m.Path(), o.Mode)
@@ -165,7 +165,7 @@ func NewDequantize(m *checkpoint.Model, d dtype.DType, o Options) (*Plan, error)
 		return nil, fmt.Errorf("%s: no quantized layer found", m.Path())
 	}
 	if d != 0 && !quantizable(d) {
-		return nil, fmt.Errorf("dtype %s is not one of F32, F16, BF16", d)
+		return nil, badOption("dtype %s is not one of F32, F16, BF16", d)
 	}
 	if o.Output == "" {
 		o.Output = DefaultOutput(m.Path(), "dequantized")
@@ -222,6 +222,9 @@ func (p *Plan) whyNothing() string {
 
 // place orders the items as they lie in the source, deals them out to output files and finds their offsets.
 func (p *Plan) place(m *checkpoint.Model) error {
+	if o := p.Options; o.Threads < 0 || o.MaxShardSize < 0 {
+		return badOption("threads %d and max_shard_size %d: neither can be negative", o.Threads, o.MaxShardSize)
+	}
 	order := map[string]int{}
 	for i, e := range m.Entries() {
 		order[e.Name] = i
@@ -341,7 +344,7 @@ func (p *Plan) checkOutput(m *checkpoint.Model) error {
 			}
 		}
 		if !p.Options.Force {
-			return fmt.Errorf("output %s exists; --force replaces it", path)
+			return fmt.Errorf("output %s exists; --force replaces it: %w", path, os.ErrExist)
 		}
 	}
 	return nil

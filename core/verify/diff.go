@@ -1,6 +1,7 @@
 package verify
 
 import (
+	"context"
 	"fmt"
 	"math"
 	"regexp"
@@ -84,8 +85,8 @@ func (s sums) difference(name, formatA, formatB string) Difference {
 	return d
 }
 
-// Diff compares two models tensor by tensor, quantized layers by their decoded values.
-func Diff(pathA, pathB string, threads int) (*Comparison, error) {
+// Diff compares two models tensor by tensor, quantized layers by their decoded values, until ctx ends.
+func Diff(ctx context.Context, pathA, pathB string, threads int) (*Comparison, error) {
 	a, err := checkpoint.Open(pathA)
 	if err != nil {
 		return nil, err
@@ -113,7 +114,7 @@ func Diff(pathA, pathB string, threads int) (*Comparison, error) {
 		case !va.dtype.Numeric() || !vb.dtype.Numeric():
 			c.Skipped = append(c.Skipped, va.name)
 		default:
-			s, err := compare(va, vb, threads)
+			s, err := compare(ctx, va, vb, threads)
 			if err != nil {
 				return nil, err
 			}
@@ -174,7 +175,7 @@ func (c *Comparison) summarize() {
 	c.Changed = changed.difference("changed", "", "")
 }
 
-func compare(va, vb *values, threads int) (*sums, error) {
+func compare(ctx context.Context, va, vb *values, threads int) (*sums, error) {
 	ra, err := va.open()
 	if err != nil {
 		return nil, err
@@ -185,7 +186,7 @@ func compare(va, vb *values, threads int) (*sums, error) {
 	}
 	n := va.elements()
 	parts := make([]sums, chunkCount(n))
-	err = each(n, threads, func(chunk int, first, count int64, m *memory) error {
+	err = each(ctx, n, threads, func(chunk int, first, count int64, m *memory) error {
 		a, b := m.a[:count], m.b[:count]
 		if err := ra.read(a, first, m); err != nil {
 			return err

@@ -1,6 +1,7 @@
 package verify
 
 import (
+	"context"
 	"runtime"
 	"sync/atomic"
 
@@ -86,8 +87,8 @@ func (r *reader) read(dst []float64, first int64, m *memory) error {
 	return r.dtype.Float64s(dst, raw)
 }
 
-// each calls do for every chunk of n elements, on several threads.
-func each(n int64, threads int, do func(chunk int, first, count int64, m *memory) error) error {
+// each calls do for every chunk of n elements, on several threads, until ctx ends.
+func each(ctx context.Context, n int64, threads int, do func(chunk int, first, count int64, m *memory) error) error {
 	chunks := (n + chunkElements - 1) / chunkElements
 	if threads <= 0 {
 		threads = runtime.GOMAXPROCS(0)
@@ -101,6 +102,9 @@ func each(n int64, threads int, do func(chunk int, first, count int64, m *memory
 				chunk := next.Add(1) - 1
 				if chunk >= chunks {
 					return nil
+				}
+				if err := ctx.Err(); err != nil {
+					return err
 				}
 				first := chunk * chunkElements
 				if err := do(int(chunk), first, min(chunkElements, n-first), m); err != nil {

@@ -3,8 +3,10 @@
 package verify
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -49,9 +51,14 @@ type Counts struct {
 	AllZero bool   `json:"all_zero"`
 }
 
-// Run checks a model. An error means that it could not be read at all; what is wrong inside it is in the result.
-func Run(path string, o Options) (*Result, error) {
+// Run checks a model. What is wrong in it is in the result; an error means that it could not be read, or that ctx
+// ended.
+func Run(ctx context.Context, path string, o Options) (*Result, error) {
 	set, err := safetensors.OpenSet(path)
+	var format *safetensors.FormatError
+	if errors.As(err, &format) {
+		return &Result{Path: path, Files: []File{}, Formats: []string{}, Problems: []string{err.Error()}, Suspects: []Counts{}}, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -62,7 +69,7 @@ func Run(path string, o Options) (*Result, error) {
 	for _, f := range m.Files() {
 		file := File{Path: f.Path(), Bytes: f.Size()}
 		if o.SHA256 {
-			if file.SHA256, err = hash(f.Path()); err != nil {
+			if file.SHA256, err = hash(ctx, f.Path()); err != nil {
 				return nil, err
 			}
 		}
@@ -81,7 +88,7 @@ func Run(path string, o Options) (*Result, error) {
 		if !v.dtype.Numeric() || v.elements() == 0 {
 			continue
 		}
-		c, err := count(v, o.Threads)
+		c, err := count(ctx, v, o.Threads)
 		if err != nil {
 			return nil, err
 		}
@@ -126,7 +133,7 @@ func orphans(m *checkpoint.Model) []error {
 	return problems
 }
 
-func count(v *values, threads int) (*Counts, error) {
+func count(ctx context.Context, v *values, threads int) (*Counts, error) {
 	r, err := v.open()
 	if err != nil {
 		return nil, err
@@ -137,7 +144,7 @@ func count(v *values, threads int) (*Counts, error) {
 		nonzero  bool
 	}
 	parts := make([]part, chunkCount(n))
-	err = each(n, threads, func(chunk int, first, count int64, m *memory) error {
+	err = each(ctx, n, threads, func(chunk int, first, count int64, m *memory) error {
 		if err := r.read(m.a[:count], first, m); err != nil {
 			return err
 		}
@@ -166,15 +173,22 @@ func count(v *values, threads int) (*Counts, error) {
 	return c, err
 }
 
-func hash(path string) (string, error) {
+func hash(ctx context.Context, path string) (string, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return "", err
 	}
 	defer f.Close()
 	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return "", fmt.Errorf("%s: %w", path, err)
+	for {
+		if _, err := io.CopyN(h, f, 16<<20); err == io.EOF {
+			break
+		} else if err != nil {
+			return "", fmt.Errorf("%s: %w", path, err)
+		}
+		if err := ctx.Err(); err != nil {
+			return "", err
+		}
 	}
 	return hex.EncodeToString(h.Sum(nil)), nil
 }

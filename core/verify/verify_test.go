@@ -49,7 +49,7 @@ func TestDiffNumbers(t *testing.T) {
 	nan, inf := float32(math.NaN()), float32(math.Inf(1))
 	a := file(t, map[string][]float32{"l.0.w": {3, 4, 0}, "l.1.w": {1, 1}, "same": {5, nan, inf}, "nan": {1, nan}, "x": {1}, "shape": {1, 2}, "zero": {0, 0}})
 	b := file(t, map[string][]float32{"l.0.w": {3, 3, 2}, "l.1.w": {1, 2}, "same": {5, nan, inf}, "nan": {1, 2}, "y": {1}, "shape": {1, 2, 3}, "zero": {0, 1}})
-	c, err := Diff(a, b, 0)
+	c, err := Diff(t.Context(), a, b, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,7 +84,7 @@ func TestDiffNumbers(t *testing.T) {
 	if c.Changed.Elements != 9 || c.Changed.MaxError != 2 {
 		t.Errorf("changed %+v", c.Changed)
 	}
-	if _, err := Diff(a, file(t, map[string][]float32{"other": {1}}), 0); err == nil {
+	if _, err := Diff(t.Context(), a, file(t, map[string][]float32{"other": {1}}), 0); err == nil {
 		t.Error("models without a common tensor were compared")
 	}
 }
@@ -96,11 +96,11 @@ func TestDiffDoesNotDependOnThreads(t *testing.T) {
 		va[i], vb[i] = float32(math.Sin(float64(i))), float32(math.Sin(float64(i))*1.01)
 	}
 	a, b := file(t, map[string][]float32{"w": va}), file(t, map[string][]float32{"w": vb})
-	one, err := Diff(a, b, 1)
+	one, err := Diff(t.Context(), a, b, 1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	many, err := Diff(a, b, 5)
+	many, err := Diff(t.Context(), a, b, 5)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -112,7 +112,7 @@ func TestDiffDoesNotDependOnThreads(t *testing.T) {
 func TestVerifyCountsAndHashes(t *testing.T) {
 	zeros := make([]float32, 64)
 	path := file(t, map[string][]float32{"ok": {0, 1}, "bad": {float32(math.NaN()), float32(math.Inf(-1)), 1}, "zeros": zeros, "short": {0}})
-	r, err := Run(path, Options{SHA256: true})
+	r, err := Run(t.Context(), path, Options{SHA256: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -130,20 +130,20 @@ func TestVerifyCountsAndHashes(t *testing.T) {
 	if sum := sha256.Sum256(b); r.Files[0].SHA256 != hex.EncodeToString(sum[:]) || r.Files[0].Bytes != int64(len(b)) {
 		t.Errorf("files %+v", r.Files)
 	}
-	if r, err = Run(path, Options{Strict: true}); err != nil || len(r.Problems) != 2 {
+	if r, err = Run(t.Context(), path, Options{Strict: true}); err != nil || len(r.Problems) != 2 {
 		t.Errorf("strict: %v %v", r.Problems, err)
 	}
 }
 
 func TestVerifyReportsStrayStatistics(t *testing.T) {
-	r, err := Run(file(t, map[string][]float32{"l.weight": {1}, "l.weight.absmax": {1}}), Options{})
+	r, err := Run(t.Context(), file(t, map[string][]float32{"l.weight": {1}, "l.weight.absmax": {1}}), Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if len(r.Problems) != 1 || !strings.Contains(r.Problems[0], `"l.weight.absmax" belongs to no layer`) {
 		t.Errorf("problems %v", r.Problems)
 	}
-	if _, err := Run(filepath.Join(t.TempDir(), "none"), Options{}); !errors.Is(err, os.ErrNotExist) {
+	if _, err := Run(t.Context(), filepath.Join(t.TempDir(), "none"), Options{}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("missing file: %v", err)
 	}
 }

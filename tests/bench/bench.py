@@ -30,6 +30,7 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[2]
 GQUANT = ROOT / "bin" / "gquant"
+LIBRARY = ROOT / "lib" / "libgquant.so"
 FOLDER = ROOT / "build" / "bench"
 KERNELS = FOLDER / "kernelbench"
 SIZE, BLOCKSIZE = 4096, 64
@@ -152,6 +153,24 @@ def bench_start(repeat):
     ]
 
 
+# ---- the library
+
+
+def bench_library(repeat):
+    """Rows of library.py; the model is the first conversion's, the header the start-up's."""
+    script = Path(__file__).with_name("library.py")
+    model = next(iter(sorted(FOLDER.glob("flux_like_*.safetensors"))))
+    found = output(sys.executable, script, model, repeat, FOLDER / "tensors_1000.safetensors", env={"GQUANT_LIBRARY": str(LIBRARY)})
+    size = model.stat().st_size
+    (ours, cat), (torch, c) = found["read"], found["dequantize"]
+    return [
+        row("a call from Python that does nothing", "µs", found["call"] * 1e6, None, None, "< 3"),
+        row("open a model of 1,000 tensors from Python", "ms", found["load"] * 1e3, None, None, "< 10"),
+        row(f"read all tensors of {size / 1e9:.1f} GB (limit: cat)", "GB/s", size / ours / 1e9, None, size / cat / 1e9, "≥ 0.8"),
+        row("dequantize by gquant.torch (limit: its C call)", "ms", torch * 1e3, None, c * 1e3, "≤ 1.03"),
+    ]
+
+
 # ---- the table
 
 
@@ -196,6 +215,7 @@ def main():
     for gigabytes in (1,) if args.quick else (1, 4):
         rows += bench_convert(gigabytes, args.threads, 1 if args.quick else 3)
     rows += bench_start(5 if args.quick else 20)
+    rows += bench_library(5 if args.quick else 20)
     about = machine(args.threads, versions)
     results = FOLDER / "results.json"
     results.write_text(json.dumps({"machine": about, "size": SIZE, "blocksize": BLOCKSIZE, "rows": rows}, indent=1) + "\n")

@@ -1,0 +1,10 @@
+# Writes the example in the header's first comment to a file of its own: the lines indented by five spaces and more.
+file(READ ${HEADER} text)
+string(FIND "${text}" "EXAMPLE" first)
+string(FIND "${text}" "RULES" last)
+math(EXPR length "${last} - ${first}")
+string(SUBSTRING "${text}" ${first} ${length} text)
+string(FIND "${text}" " *     " first)
+string(SUBSTRING "${text}" ${first} -1 text)
+string(REGEX REPLACE "(^|\n) \\*(    )?" "\\1" text "${text}")
+file(WRITE ${EXAMPLE} "${text}")
