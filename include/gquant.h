@@ -47,11 +47,13 @@
  *
  * - It returns a gq_status; GQ_OK is 0. After any other status gq_last_error() describes, for this thread, what was
  *   tried, on what, and what was wanted. The library never prints, aborts or exits.
- * - Out-parameters come last. On failure they are set to NULL or 0 and output buffers of the caller are unspecified.
+ * - Out-parameters come last. On failure they are set to NULL or 0. Output buffers are untouched when an argument is refused,
+ *   and unspecified when reading or writing a file fails.
  * - Buffers are addresses with sizes. The library checks sizes, never frees a caller's buffer, and keeps none after the
- *   call unless the function says "borrows".
+ *   call unless the function says "borrows". A buffer of 0 bytes may be NULL. Buffers of float32 and int64 are aligned to
+ *   their elements; weights, codes and bytes need not be.
  * - Handles (gq_state, gq_model, gq_job) are made by the library. A handle that was freed or never made gives
- *   GQ_ERROR_INVALID_HANDLE. Every …_free accepts NULL.
+ *   GQ_ERROR_INVALID_HANDLE, NULL GQ_ERROR_INVALID_ARGUMENT, and a number that a list does not have GQ_ERROR_NOT_FOUND. Every …_free accepts NULL.
  * - Structs of options start with struct_size, which GQ_…_INIT sets. A caller built with an older, shorter struct gets the
  *   defaults for what it does not know; bytes behind what the library knows must be zero.
  * - Any function may be called from any thread, several may run on one handle at the same time, and freeing a handle waits
@@ -221,11 +223,12 @@ typedef struct gq_parts {
     uint64_t absmax_bytes;
     gq_addr nested_absmax; /* float32 per 256 absmax */
     uint64_t nested_absmax_bytes;
-    gq_addr nested_codebook; /* 256 float32 */
+    gq_addr nested_codebook; /* 256 float32; 0 = the signed dynamic map */
     uint64_t nested_codebook_bytes;
     gq_addr offset; /* one float32: the mean of absmax, when nested */
     uint64_t offset_bytes;
-    gq_addr codebook; /* 16 or 256 float32: the table of values; needed for BLOCKWISE8 only */
+    gq_addr codebook; /* 16 or 256 float32: the table of values. BLOCKWISE8 computes with it (0 = the signed dynamic map); for NF4
+                       * and FP4 it is the quant_map that files hold: written if there is room for it, never needed */
     uint64_t codebook_bytes;
 } gq_parts;
 #define GQ_PARTS_INIT {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
@@ -266,7 +269,8 @@ typedef struct gq_state_desc {
 } gq_state_desc;
 #define GQ_STATE_DESC_INIT {sizeof(gq_state_desc), 0, 0, 0, 0, 0, 0, GQ_PARTS_INIT, GQ_CPU, 0}
 
-/* Makes a state that borrows the parts until gq_state_free: they must stay valid, and may change between calls. */
+/* Makes a state that borrows the parts until gq_state_free: they must be valid during calls that use the state, and may change
+ * between them. */
 GQ_API gq_status gq_state_create(const gq_state_desc *desc, gq_state **state);
 
 /* Waits for calls that use the state, then ends it. The parts stay the caller's. */

@@ -91,6 +91,9 @@ func (f *convertFlags) open(path string) (*checkpoint.Model, *convert.Plan, erro
 	if f.options.MaxShardSize, err = parseShardSize(f.shardSize); err != nil {
 		return nil, nil, err
 	}
+	if f.options.Threads < 0 {
+		return nil, nil, usageError{fmt.Errorf("--threads %d is negative", f.options.Threads)}
+	}
 	m, err := checkpoint.Open(path)
 	if err != nil {
 		return nil, nil, err

@@ -53,6 +53,9 @@ func printVerified(c *cobra.Command, r *verify.Result) {
 	for _, p := range r.Problems {
 		fmt.Fprintln(c.ErrOrStderr(), "gquant:", p)
 	}
+	if len(r.Files) == 0 { // it could not even be opened, and the problem says so
+		return
+	}
 	layers := fmt.Sprintf("%d quantized layers", r.Layers)
 	if len(r.Formats) > 0 {
 		layers += " (" + strings.Join(r.Formats, ", ") + ")"

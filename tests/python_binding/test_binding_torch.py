@@ -95,6 +95,35 @@ def test_out(dtype):
     assert same(out, gquant.torch.dequantize_4bit(packed, state))
 
 
+def test_memory_that_is_used_again():
+    """New tensors often lie where old ones lay; what the library remembers of those must fit them."""
+    generator = torch.Generator().manual_seed(4)
+    for step in range(300):
+        shape = [(64, 64), (32, 128), (64, 32)][step % 3]
+        dtype, nested = DTYPES[step % 2], step % 5 == 0
+        packed, state = gquant.torch.quantize_4bit(torch.randn(shape, generator=generator).to(dtype), 64, nested)
+        plain = gquant.QuantState("nf4", shape, 64, str(dtype)[6:], packed.numpy(), state.absmax.numpy())
+        if nested:
+            plain.nested_absmax, plain.nested_codebook = state.state2.absmax.numpy(), state.state2.code.numpy()
+            plain.offset = state.offset.item()
+        want = torch.empty(shape, dtype=dtype)
+        plain.dequantize(out=want)
+        assert same(gquant.torch.dequantize_4bit(packed, state), want)
+        packed.fill_(step % 256)
+        plain.dequantize(out=want)
+        assert same(gquant.torch.dequantize_4bit(packed, state), want)
+
+
+def test_eager_is_the_operator():
+    packed, state = gquant.torch.quantize_4bit(torch.randn(64, 64), compress_statistics=True)
+    want = torch.ops.gquant.dequantize_4bit(*arguments(packed, state))
+    assert same(gquant.torch.dequantize_4bit(packed, state), want)
+    assert same(gquant.torch.dequantize_4bit(torch.nn.Parameter(packed, requires_grad=False), state), want)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = gquant.torch.dequantize_4bit(mode.from_tensor(packed), state)
+        assert (fake.shape, fake.dtype, type(fake)) == (want.shape, want.dtype, torch._subclasses.FakeTensor)
+
+
 def test_refused():
     packed, state = gquant.torch.quantize_4bit(torch.randn(64, 64))
     meta = torch.empty(64, 64, device="meta")

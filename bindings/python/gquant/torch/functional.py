@@ -3,12 +3,14 @@
 from typing import Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import quant
 from .._errors import InvalidArgumentError, UnsupportedError
-from . import ops  # noqa: F401 - it defines torch.ops.gquant
+from . import ops
 from .state import QuantState, arguments, codebook
+
+_REAL = (Tensor, nn.Parameter)  # not what tracing puts in their place
 
 
 def quantize_4bit(
@@ -37,12 +39,19 @@ def quantize_4bit(
 def dequantize_4bit(packed: Tensor, state: QuantState, out: Optional[Tensor] = None) -> Tensor:
     """Decodes a weight: state.dtype, state.shape. out, if given, takes it and is returned."""
     _check_device(packed, "packed")
+    if out is not None and (out.dtype != state.dtype or out.shape != state.shape):
+        wanted = state.shape and tuple(state.shape)
+        raise InvalidArgumentError(f"out is {out.dtype} {tuple(out.shape)}; want {state.dtype} {wanted}")
     weight = arguments(packed, state)
+    if torch.compiler.is_compiling() or type(packed) not in _REAL:
+        if out is None:
+            return torch.ops.gquant.dequantize_4bit(*weight)
+        torch.ops.gquant.dequantize_4bit.out(*weight, out=out)
+        return out
+    # The dispatcher is left out: after a large weight it has to come back into the caches, which takes a tenth of the time.
     if out is None:
-        return torch.ops.gquant.dequantize_4bit(*weight)
-    if out.dtype != state.dtype or out.shape != state.shape:
-        raise InvalidArgumentError(f"out is {out.dtype} {tuple(out.shape)}; want {state.dtype} {state.shape and tuple(state.shape)}")
-    torch.ops.gquant.dequantize_4bit.out(*weight, out=out)
+        out = torch.empty(weight[5], dtype=state.dtype)
+    ops.decode(weight, out)
     return out
 
 

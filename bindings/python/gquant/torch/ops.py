@@ -11,13 +11,17 @@ They take a quantized weight as its tensors and numbers, in this order:
     blocksize, quant_type
 """
 
+import ctypes
+import functools
+import weakref
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from .. import quant
+from .. import _ffi, quant
 from .._errors import InvalidArgumentError
+from .._ffi import lib
 
 _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, SymInt[] shape, "
@@ -95,14 +99,67 @@ def _state(
     )
 
 
+class _Borrowed:
+    """A gq_state over the memory of tensors that the caller keeps alive during a call."""
+
+    def __init__(self, desc: _ffi.gq_state_desc):
+        self.handle = ctypes.c_void_p()
+        lib.gq_state_create(ctypes.byref(desc), ctypes.byref(self.handle))
+        weakref.finalize(self, _ffi.free, "gq_state_free", self.handle.value or 0)
+
+
+# A layer is decoded again and again, and describing it takes longer than the call. The key holds every address, size and number
+# that the description has, so a remembered one fits whatever tensors have these; it reads nothing between calls.
+@functools.lru_cache(maxsize=4096)
+def _borrowed(format: int, dtype: int, blocksize: int, shape: tuple[int, ...], *parts: tuple[int, int]) -> _Borrowed:
+    dims = (ctypes.c_int64 * len(shape))(*shape)
+    desc = _ffi.gq_state_desc(
+        format=format,
+        dtype=dtype,
+        ndim=len(shape),
+        shape=ctypes.addressof(dims),
+        blocksize=blocksize,
+        nested_blocksize=quant.NESTED_BLOCKSIZE if len(parts) > 2 else 0,
+    )
+    for name, (address, nbytes) in zip(("packed", "absmax", "nested_absmax", "nested_codebook", "offset"), parts):
+        setattr(desc.parts, name, address)
+        setattr(desc.parts, name + "_bytes", nbytes)
+    return _Borrowed(desc)
+
+
+_NUMBERS = {torch.float32: 18, torch.float16: 14, torch.bfloat16: 15}  # gq_dtype
+_FORMATS = {name: quant.format_number(name) for name in ("nf4", "fp4")}
+_F32 = torch.float32
+
+
+def decode(weight: tuple[Any, ...], out: Tensor) -> None:
+    """Decodes a weight into out, without torch's dispatcher."""
+    packed, absmax, nested_absmax, nested_code, offset, shape, dtype, blocksize, quant_type = weight
+    tensors: tuple[Tensor, ...]
+    if nested_absmax is None:
+        tensors, usual = (packed, absmax), absmax.dtype is _F32
+    else:
+        tensors = (packed, absmax, nested_absmax, nested_code, offset)
+        usual = absmax.dtype is torch.uint8 and nested_absmax.dtype is nested_code.dtype is offset.dtype is _F32
+    usual = usual and quant_type in _FORMATS and dtype in _NUMBERS
+    if not (usual and out.dtype is dtype and out.is_contiguous() and all(t.is_contiguous() for t in tensors)):
+        _state(*weight).dequantize(dtype, out)  # slower, and knows what is wrong
+        return
+    parts = [(t.data_ptr(), t.nbytes) for t in tensors]
+    state = _borrowed(_FORMATS[quant_type], _NUMBERS[dtype], blocksize, tuple(shape), *parts)
+    lib.gq_dequantize(state.handle, out.data_ptr(), out.nbytes, _NUMBERS[dtype], None)
+
+
 @torch.library.impl(_library, "dequantize_4bit", "CPU")
 def _dequantize(*weight: Any) -> Tensor:
-    return _state(*weight).dequantize()
+    out = torch.empty(weight[5], dtype=weight[6])
+    decode(weight, out)
+    return out
 
 
 @torch.library.impl(_library, "dequantize_4bit.out", "CPU")
 def _dequantize_out(*weight: Any, out: Tensor) -> None:
-    _state(*weight).dequantize(weight[6], out)
+    decode(weight, out)
 
 
 @torch.library.register_fake("gquant::dequantize_4bit", lib=_library)
