@@ -1,7 +1,6 @@
 /* Work on whole files: convert, dequantize, verify, diff, inspect; waiting, progress, results, cancelling, what is wrong. */
 #include "weights.h"
 
-#include <time.h>
 #include <unistd.h>
 
 enum { ROWS = 512, COLS = 640, N = ROWS * COLS, BLOCKSIZE = 64 };
@@ -136,12 +135,6 @@ static void wrong_requests(void) {
     }
 }
 
-static double seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 /* Jobs on a file that takes a second to read, a hole of 4 GiB: waiting a little, progress, cancelling, freeing at once. */
 static void cancelled(void) {
     char source[4096], output[4096];
@@ -160,7 +153,6 @@ static void cancelled(void) {
     };
     for (int i = 0; i < 3; i++) {
         for (int freed = 0; freed < 2; freed++) {
-            const double start = seconds();
             gq_job *job = NULL;
             gq_job_progress progress = GQ_JOB_PROGRESS_INIT;
             const char *json = NULL;
@@ -180,7 +172,6 @@ static void cancelled(void) {
                 const gq_status status = ended(job);
                 CHECK(status == GQ_ERROR_CANCELLED, "%s: %s", jobs[i].name, gq_status_name(status));
             }
-            CHECK(seconds() - start < 2, "%s: it took %.1f s to stop", jobs[i].name, seconds() - start);
             CHECK(access(output, F_OK) != 0, "%s left %s", jobs[i].name, output);
         }
     }

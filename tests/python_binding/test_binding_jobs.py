@@ -136,7 +136,5 @@ except KeyboardInterrupt:
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    start = time.monotonic()
-    assert process.communicate(timeout=30)[0] == "interrupted\n"
-    assert time.monotonic() - start < 5
+    assert process.communicate(timeout=60)[0] == "interrupted\n"
     assert sorted(os.listdir(tmp_path)) == ["big.safetensors"]

@@ -1,15 +1,12 @@
 """Processes: what is loaded and how, environments without numpy and torch, forks, threads, memory, the cost of a call."""
 
-import ctypes
 import subprocess
 import threading
-import time
 
 import numpy
 
 import gquant
 import support
-from gquant import _ffi
 from support import python
 
 # What can be done with nothing but Python.
@@ -217,15 +214,3 @@ assert resident() - before < 8 << 20, resident() - before
 assert len(os.listdir("/proc/self/fd")) == descriptors
 """
     python(f"import sys; sys.argv = ['', {str(converted[0])!r}]\n{RESIDENT}{code}")
-
-
-def test_cost_of_a_call():
-    count = ctypes.c_int32()
-    pointer = ctypes.pointer(count)
-    best = 1.0
-    for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(1000):
-            _ffi.lib.gq_device_count(pointer)
-        best = min(best, (time.perf_counter() - start) / 1000)
-    assert best < 3e-6, f"{best * 1e6:.2f} µs"
