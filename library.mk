@@ -15,15 +15,15 @@ lib: lib/libgquant.so lib/libgquant.a
 # Only the functions of include/gquant.h are visible, and what was loaded stays: the Go runtime cannot leave a process. A library is
 # built in an empty folder, because go keeps one that differs in nothing but the version script and writes a header of its own
 # beside it, and then takes the place of the old one, which a program may be using.
-GO_LIBRARY = CGO_ENABLED=1 $(GO) build -trimpath
-lib/libgquant.so: FORCE | need-go need-cc
+GO_LIBRARY = CGO_ENABLED=1 $(GO) build -trimpath -tags "$(GO_TAGS)"
+lib/libgquant.so: FORCE $(KERNELS) | need-go need-cc
 	rm -rf lib/shared
 	$(GO_LIBRARY) -buildmode=c-shared -ldflags "-s -w -X main.version=$(LIBRARY_VERSION) -extldflags '-Wl,-soname,$(SONAME) -Wl,-z,nodelete \"-Wl,--version-script=$(CURDIR)/capi/gquant.map\"'" -o lib/shared/libgquant.so ./capi
 	mv lib/shared/libgquant.so $@
 	ln -sf libgquant.so lib/$(SONAME)
 	rm -r lib/shared
 
-lib/libgquant.a: FORCE | need-go need-cc
+lib/libgquant.a: FORCE $(KERNELS) | need-go need-cc
 	rm -rf lib/static
 	$(GO_LIBRARY) -buildmode=c-archive -ldflags "-s -w -X main.version=$(LIBRARY_VERSION)" -o lib/static/libgquant.a ./capi
 	mv lib/static/libgquant.a $@

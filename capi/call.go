@@ -17,6 +17,7 @@ import (
 
 	"github.com/gquant/gquant/core/convert"
 	"github.com/gquant/gquant/core/safetensors"
+	"github.com/gquant/gquant/cuda"
 )
 
 // failure is an error whose status is known.
@@ -46,11 +47,22 @@ func statusOf(err error, other C.gq_status) C.gq_status {
 	var option convert.OptionError
 	var format *safetensors.FormatError
 	var number syscall.Errno
+	var driver *cuda.Error
 	switch {
 	case errors.As(err, &known):
 		return known.status
 	case errors.As(err, &option):
 		return C.GQ_ERROR_INVALID_ARGUMENT
+	case errors.As(err, new(cuda.Unavailable)):
+		return C.GQ_ERROR_UNSUPPORTED
+	case errors.As(err, new(cuda.BadAddress)):
+		return C.GQ_ERROR_INVALID_ARGUMENT
+	case errors.As(err, new(cuda.NoDevice)):
+		return C.GQ_ERROR_NOT_FOUND
+	case cuda.OutOfMemory(err):
+		return C.GQ_ERROR_OUT_OF_MEMORY
+	case errors.As(err, &driver):
+		return C.GQ_ERROR_DEVICE
 	case errors.Is(err, context.Canceled):
 		return C.GQ_ERROR_CANCELLED
 	case errors.As(err, &format), errors.Is(err, io.ErrUnexpectedEOF):

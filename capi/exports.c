@@ -26,6 +26,14 @@ gq_status gq_device_count(int32_t *count) {
     return gq_guard_forked ? refuse("gq_device_count") : go_gq_device_count(count);
 }
 
+gq_status gq_device_get_info(int32_t device, gq_device_info *info) {
+    return gq_guard_forked ? refuse("gq_device_get_info") : go_gq_device_get_info(device, info);
+}
+
+gq_status gq_device_prepare(int32_t device) {
+    return gq_guard_forked ? refuse("gq_device_prepare") : go_gq_device_prepare(device);
+}
+
 gq_status gq_format_count(int32_t *count) {
     if (count) *count = 0;
     return gq_guard_forked ? refuse("gq_format_count") : go_gq_format_count(count);
@@ -55,6 +63,12 @@ gq_status gq_quantize_blockwise(gq_addr src, gq_dtype dtype, int64_t n, int64_t 
     return gq_guard_forked ? refuse("gq_quantize_blockwise") : go_gq_quantize_blockwise(src, dtype, n, blocksize, table, absmax, absmax_count, codes, codes_bytes, exec);
 }
 
+gq_status gq_quantize_rows_int8(gq_addr src, gq_dtype dtype, int64_t rows, int64_t cols, float threshold, gq_addr absmax,
+                                int64_t absmax_count, gq_addr codes, size_t codes_bytes, gq_addr outliers, size_t outliers_bytes,
+                                const gq_exec *exec) {
+    return gq_guard_forked ? refuse("gq_quantize_rows_int8") : go_gq_quantize_rows_int8(src, dtype, rows, cols, threshold, absmax, absmax_count, codes, codes_bytes, outliers, outliers_bytes, exec);
+}
+
 gq_status gq_codebook(const char *name, float *table, int64_t count) {
     return gq_guard_forked ? refuse("gq_codebook") : go_gq_codebook(name, table, count);
 }
@@ -70,6 +84,12 @@ gq_status gq_unpack_4bit(gq_addr packed, size_t packed_bytes, int32_t order, gq_
 gq_status gq_quantized_layout(gq_format format, const int64_t *shape, int32_t ndim, const gq_quantize_options *options,
                               gq_parts *layout) {
     return gq_guard_forked ? refuse("gq_quantized_layout") : go_gq_quantized_layout(format, shape, ndim, options, layout);
+}
+
+gq_status gq_quantize_workspace_size(gq_format format, const int64_t *shape, int32_t ndim, const gq_quantize_options *options,
+                                     int32_t device, uint64_t *bytes) {
+    if (bytes) *bytes = 0;
+    return gq_guard_forked ? refuse("gq_quantize_workspace_size") : go_gq_quantize_workspace_size(format, shape, ndim, options, device, bytes);
 }
 
 gq_status gq_quantize(gq_format format, gq_addr src, gq_dtype dtype, const int64_t *shape, int32_t ndim,
@@ -148,6 +168,11 @@ gq_status gq_model_find_layer(gq_model *model, const char *name, int64_t *index)
 
 gq_status gq_model_read_layer(gq_model *model, int64_t index, const gq_parts *parts, const gq_exec *exec) {
     return gq_guard_forked ? refuse("gq_model_read_layer") : go_gq_model_read_layer(model, index, parts, exec);
+}
+
+gq_status gq_model_read_all(gq_model *model, const gq_buffer *tensors, int64_t tensor_count, const gq_parts *layers,
+                            int64_t layer_count, const gq_exec *exec) {
+    return gq_guard_forked ? refuse("gq_model_read_all") : go_gq_model_read_all(model, tensors, tensor_count, layers, layer_count, exec);
 }
 
 gq_status gq_model_state(gq_model *model, int64_t index, gq_state **state) {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/gquant/gquant/core/kernel"
 	"github.com/gquant/gquant/core/quant"
+	"github.com/gquant/gquant/cuda"
 )
 
 // blockwise8 is the name of the format whose table of values is the caller's; core's formats have their own.
@@ -88,21 +89,10 @@ func go_gq_format_by_name(name *C.gq_const_char, format *C.gq_format) C.gq_statu
 // buildInfo is the text of gq_build_info.
 func buildInfo() *C.char {
 	text, err := json.Marshal(map[string]any{
-		"version": version, "go": runtime.Version(), "cpu": kernel.Level(), "cpu_levels": kernel.Levels(), "devices": 0,
+		"version": version, "go": runtime.Version(), "cpu": kernel.Level(), "cpu_levels": kernel.Levels(), "cuda": cuda.Architectures(),
 	})
 	if err != nil {
 		panic(err)
 	}
 	return C.CString(string(text))
-}
-
-//export go_gq_device_count
-func go_gq_device_count(count *C.int32_t) C.gq_status {
-	return guarded("gq_device_count", func() error {
-		if count == nil {
-			return invalid("count is NULL")
-		}
-		*count = 0
-		return nil
-	})
 }

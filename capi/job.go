@@ -18,7 +18,9 @@ import (
 	"github.com/gquant/gquant/core/checkpoint"
 	"github.com/gquant/gquant/core/convert"
 	"github.com/gquant/gquant/core/dtype"
+	"github.com/gquant/gquant/core/quant"
 	"github.com/gquant/gquant/core/verify"
+	"github.com/gquant/gquant/cuda"
 )
 
 // job is what a gq_job stands for: work under way on goroutines of the library.
@@ -92,8 +94,24 @@ type convertRequest struct {
 	convert.Options
 }
 
+// engine is the engine of the device that the request names.
+func (r *convertRequest) engine() (quant.Engine, error) {
+	if r.Device == "" || r.Device == "cpu" {
+		return quant.CPU{}, nil
+	}
+	ordinal, err := cuda.Parse(r.Device)
+	if err != nil {
+		return nil, failure{C.GQ_ERROR_INVALID_ARGUMENT, err}
+	}
+	return cuda.NewEngine(ordinal)
+}
+
 // run carries out a plan of an opened model.
 func (r *convertRequest) run(ctx context.Context, j *job, plan func(m *checkpoint.Model) (*convert.Plan, error)) (any, error) {
+	engine, err := r.engine()
+	if err != nil {
+		return nil, err
+	}
 	m, err := checkpoint.Open(r.Source)
 	if err != nil {
 		return nil, err
@@ -104,7 +122,7 @@ func (r *convertRequest) run(ctx context.Context, j *job, plan func(m *checkpoin
 		return nil, err
 	}
 	j.total.Store(uint64(p.Bytes))
-	report, err := convert.Run(ctx, p, func(n int64) { j.bytes.Add(uint64(n)) })
+	report, err := convert.Run(ctx, p, engine, func(n int64) { j.bytes.Add(uint64(n)) })
 	if err != nil {
 		return nil, err
 	}

@@ -133,21 +133,3 @@ func fill[T any](name string, to *T, info *T) error {
 	copy(unsafe.Slice((*byte)(unsafe.Pointer(to)), min(size, uint32(unsafe.Sizeof(*info)))), unsafe.Slice((*byte)(unsafe.Pointer(info)), unsafe.Sizeof(*info)))
 	return nil
 }
-
-// execution reads where to run and gives the number of threads.
-func execution(given *C.gq_const_exec) (threads int, err error) {
-	exec := C.gq_exec{device: C.GQ_CPU}
-	if err := options("exec", (*C.gq_exec)(unsafe.Pointer(given)), &exec); err != nil {
-		return 0, err
-	}
-	if exec.device != C.GQ_CPU {
-		return 0, unsupported("exec.device is %d, but this build computes on the CPU only (GQ_CPU)", int32(exec.device))
-	}
-	if exec.threads < 0 {
-		return 0, invalid("exec.threads is %d; want 0 (all cores) or more", int32(exec.threads))
-	}
-	if exec.reserved != 0 {
-		return 0, invalid("exec.reserved is %d; want 0", uint32(exec.reserved))
-	}
-	return int(exec.threads), nil
-}

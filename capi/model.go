@@ -5,7 +5,7 @@ package main
 import "C"
 
 import (
-	"fmt"
+	"errors"
 	"maps"
 	"runtime"
 	"slices"
@@ -16,6 +16,7 @@ import (
 	"github.com/gquant/gquant/core/globs"
 	"github.com/gquant/gquant/core/quant"
 	"github.com/gquant/gquant/core/safetensors"
+	"github.com/gquant/gquant/cuda"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -30,6 +31,11 @@ type model struct {
 	layerInfos              []C.gq_layer_info
 	metadataTexts           [][2]*C.char
 	memory                  []unsafe.Pointer // C memory of the texts and shapes above
+
+	// If the model was loaded to a device: all of it lies in one allocation there.
+	device     *cuda.Device
+	arena      uint64
+	layerParts []C.gq_parts
 }
 
 var models = newRegistry[*model]("model", 2)
@@ -49,8 +55,9 @@ func go_gq_load_model(path *C.gq_const_char, opts *C.gq_const_load_options, hand
 		if err := options("options", (*C.gq_load_options)(unsafe.Pointer(opts)), &o); err != nil {
 			return err
 		}
-		if o.device != C.GQ_CPU {
-			return unsupported("options.device is %d, but this build computes on the CPU only (GQ_CPU)", int32(o.device))
+		where, err := device("options.device", o.device)
+		if err != nil {
+			return err
 		}
 		var include []string
 		if o.include != nil {
@@ -68,7 +75,13 @@ func go_gq_load_model(path *C.gq_const_char, opts *C.gq_const_load_options, hand
 		if err != nil {
 			return err
 		}
-		*handle = modelHandle(models.add(newModel(opened, prefix, wanted)))
+		m := newModel(opened, prefix, wanted)
+		if where != nil {
+			if err := m.toDevice(where); err != nil {
+				return errors.Join(err, m.close())
+			}
+		}
+		*handle = modelHandle(models.add(m))
 		return nil
 	})
 }
@@ -143,11 +156,20 @@ func go_gq_free_model(handle *C.gq_model) C.gq_status {
 		if err != nil {
 			return err
 		}
-		for _, p := range m.memory {
-			C.free(p)
-		}
-		return m.Close()
+		return m.close()
 	})
+}
+
+// close gives back all that the model holds.
+func (m *model) close() error {
+	for _, p := range m.memory {
+		C.free(p)
+	}
+	var err error
+	if m.device != nil {
+		err = m.device.Free(m.arena)
+	}
+	return errors.Join(err, m.Close())
 }
 
 // withModel runs an export on a model.
@@ -262,180 +284,15 @@ func go_gq_model_find_layer(handle *C.gq_model, name *C.gq_const_char, index *C.
 	return withModel("gq_model_find_layer", handle, func(m *model) error { return find("layer", m.layerIndex, name, index) })
 }
 
-// readPiece is what one thread reads at a time.
-const readPiece = 8 << 20
-
-// pieces runs work on consecutive pieces of n on several threads.
-func pieces(n, size int64, threads int, work func(first, count int64) error) error {
-	if threads <= 0 {
-		threads = runtime.GOMAXPROCS(0)
-	}
-	var group errgroup.Group
-	group.SetLimit(threads)
-	for first := int64(0); first < n; first += size {
-		group.Go(func() error { return work(first, min(size, n-first)) })
-	}
-	return group.Wait()
-}
-
-// readAll fills out with the bytes of a tensor from first on.
-func readAll(e safetensors.Entry, out []byte, first int64, threads int) error {
-	return pieces(int64(len(out)), readPiece, threads, func(at, n int64) error { return e.Read(out[at:at+n], first+at) })
-}
-
-//export go_gq_model_read
-func go_gq_model_read(handle *C.gq_model, index C.int64_t, first C.uint64_t, out C.gq_addr, outBytes C.size_t, exec *C.gq_const_exec) C.gq_status {
-	return withModel("gq_model_read", handle, func(m *model) error {
-		threads, err := execution(exec)
-		if err != nil {
-			return err
-		}
-		e, err := item("tensor", m.tensors, index)
-		if err != nil {
-			return err
-		}
-		if size := uint64(e.Bytes()); uint64(first) > size || uint64(outBytes) > size-uint64(first) {
-			return invalid("bytes %d to %d of tensor %q, which has %d", uint64(first), uint64(first)+uint64(outBytes), e.Name, size)
-		}
-		buffer, err := memory("out", out, uint64(outBytes))
-		if err != nil {
-			return err
-		}
-		return readAll(*e, buffer, int64(first), threads)
-	})
-}
-
-// readParts fills the buffers that are there with the layer's statistics and codes.
-func readParts(l *checkpoint.Layer, parts *C.gq_parts, threads int) error {
-	want := layoutOf(l).sizes()
-	s, err := l.Load()
-	if err != nil {
-		return err
-	}
-	floatPart := func(name string, a C.gq_addr, size, wanted C.uint64_t, values []float32) error {
-		if a == 0 {
-			return nil
-		}
-		if size != wanted {
-			return invalid("parts.%s has %d bytes; want %d", name, uint64(size), uint64(wanted))
-		}
-		to, err := floats("parts."+name, a, uint64(wanted)/4)
-		copy(to, values)
-		return err
-	}
-	absmax := s.Absmax
-	if n := s.Nested; n != nil {
-		absmax = nil
-		if parts.absmax != 0 {
-			codes, err := sized("parts.absmax", parts.absmax, uint64(parts.absmax_bytes), uint64(want.absmax_bytes))
-			if err != nil {
-				return err
-			}
-			copy(codes, n.Codes)
-		}
-		if err := floatPart("nested_absmax", parts.nested_absmax, parts.nested_absmax_bytes, want.nested_absmax_bytes, n.Absmax); err != nil {
-			return err
-		}
-		if err := floatPart("nested_codebook", parts.nested_codebook, parts.nested_codebook_bytes, want.nested_codebook_bytes, n.Codebook); err != nil {
-			return err
-		}
-		if err := floatPart("offset", parts.offset, parts.offset_bytes, want.offset_bytes, []float32{n.Offset}); err != nil {
-			return err
-		}
-	} else if err := floatPart("absmax", parts.absmax, parts.absmax_bytes, want.absmax_bytes, absmax); err != nil {
-		return err
-	}
-	if err := floatPart("codebook", parts.codebook, parts.codebook_bytes, want.codebook_bytes, s.Codebook); err != nil {
-		return err
-	}
-	if parts.packed == 0 {
-		return nil
-	}
-	packed, err := sized("parts.packed", parts.packed, uint64(parts.packed_bytes), uint64(want.packed_bytes))
-	if err != nil {
-		return err
-	}
-	return readAll(l.Parts[checkpoint.Packed], packed, 0, threads)
-}
-
-//export go_gq_model_read_layer
-func go_gq_model_read_layer(handle *C.gq_model, index C.int64_t, parts *C.gq_const_parts, exec *C.gq_const_exec) C.gq_status {
-	return withModel("gq_model_read_layer", handle, func(m *model) error {
-		threads, err := execution(exec)
-		if err != nil {
-			return err
-		}
-		l, err := item("layer", m.layers, index)
-		if err != nil {
-			return err
-		}
-		if parts == nil {
-			return invalid("parts is NULL")
-		}
-		return readParts(*l, (*C.gq_parts)(unsafe.Pointer(parts)), threads)
-	})
-}
-
-//export go_gq_model_state
-func go_gq_model_state(handle *C.gq_model, index C.int64_t, out **C.gq_state) C.gq_status {
-	return withModel("gq_model_state", handle, func(m *model) error {
-		if out == nil {
-			return invalid("state is NULL")
-		}
-		*out = nil
-		l, err := item("layer", m.layers, index)
-		if err != nil {
-			return err
-		}
-		layout := layoutOf(*l)
-		parts := layout.sizes()
-		owned, err := arena(&parts)
-		if err != nil {
-			return err
-		}
-		if err := readParts(*l, &parts, 0); err != nil {
-			C.free(owned)
-			return err
-		}
-		*out = newState(layout, parts, owned)
-		return nil
-	})
-}
-
-// arena gives every part memory in one allocation of C.
-func arena(parts *C.gq_parts) (unsafe.Pointer, error) {
-	const align = 64
-	var total C.uint64_t
-	fields := []struct {
-		address *C.gq_addr
-		bytes   C.uint64_t
-	}{
-		{&parts.packed, parts.packed_bytes}, {&parts.absmax, parts.absmax_bytes}, {&parts.nested_absmax, parts.nested_absmax_bytes},
-		{&parts.nested_codebook, parts.nested_codebook_bytes}, {&parts.offset, parts.offset_bytes}, {&parts.codebook, parts.codebook_bytes},
-	}
-	for _, f := range fields {
-		total += (f.bytes + align - 1) / align * align
-	}
-	var base unsafe.Pointer
-	if C.posix_memalign(&base, align, C.size_t(max(total, align))) != 0 {
-		return nil, failure{C.GQ_ERROR_OUT_OF_MEMORY, fmt.Errorf("no memory for %d bytes", uint64(total))}
-	}
-	at := C.gq_addr(uintptr(base))
-	for _, f := range fields {
-		if f.bytes > 0 {
-			*f.address = at
-			at += C.gq_addr((f.bytes + align - 1) / align * align)
-		}
-	}
-	return base, nil
-}
-
 //export go_gq_model_dequantize
 func go_gq_model_dequantize(handle *C.gq_model, index, firstRow, rows C.int64_t, out C.gq_addr, outBytes C.size_t, d C.gq_dtype, exec *C.gq_const_exec) C.gq_status {
 	return withModel("gq_model_dequantize", handle, func(m *model) error {
-		threads, err := execution(exec)
+		where, err := execution(exec)
 		if err != nil {
 			return err
+		}
+		if where.device != nil {
+			return unsupported("a file is decoded on the CPU: on %s read the layer with gq_model_read_layer, and decode its state with gq_dequantize", deviceName(where.ordinal()))
 		}
 		t, err := weightType("dtype", d)
 		if err != nil {
@@ -467,9 +324,20 @@ func go_gq_model_dequantize(handle *C.gq_model, index, firstRow, rows C.int64_t,
 		}
 		blocksize := int64(l.State.Blocksize)
 		piece := max(1, (1<<18)/blocksize) * blocksize
-		return pieces(int64(rows)*row, piece, threads, func(first, n int64) error {
-			var codes []byte
-			return decoder.Read(values[first*size:(first+n)*size], t, int64(firstRow)*row+first, n, &codes)
-		})
+		threads := where.threads
+		if threads == 0 {
+			threads = runtime.GOMAXPROCS(0)
+		}
+		var group errgroup.Group
+		group.SetLimit(threads)
+		all = int64(rows) * row
+		for first := int64(0); first < all; first += piece {
+			group.Go(func() error {
+				var codes []byte
+				n := min(piece, all-first)
+				return decoder.Read(values[first*size:(first+n)*size], t, int64(firstRow)*row+first, n, &codes)
+			})
+		}
+		return group.Wait()
 	})
 }

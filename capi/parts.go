@@ -8,6 +8,7 @@ import (
 
 	"github.com/gquant/gquant/core/dtype"
 	"github.com/gquant/gquant/core/quant"
+	"github.com/gquant/gquant/cuda"
 )
 
 // layout is what a weight becomes: a state without tensors, and the sizes of its parts.
@@ -66,22 +67,41 @@ func (l *layout) sizes() C.gq_parts {
 	return p
 }
 
-// view makes a state of buffers of these sizes. A part whose address is 0 is missing; only the codebooks may be.
+// check compares the sizes of parts with those that the layout wants. A part whose address is 0 is missing; only the codebooks may be.
+func (l *layout) check(p *C.gq_parts) error {
+	want := l.sizes()
+	for _, part := range []struct {
+		name       string
+		got, want  C.uint64_t
+		isOptional bool
+	}{
+		{"packed", p.packed_bytes, want.packed_bytes, false},
+		{"codebook", p.codebook_bytes, want.codebook_bytes, p.codebook == 0},
+		{"absmax", p.absmax_bytes, want.absmax_bytes, false},
+		{"nested_absmax", p.nested_absmax_bytes, want.nested_absmax_bytes, !l.nested},
+		{"nested_codebook", p.nested_codebook_bytes, want.nested_codebook_bytes, p.nested_codebook == 0},
+		{"offset", p.offset_bytes, want.offset_bytes, !l.nested},
+	} {
+		if part.got != part.want && !part.isOptional {
+			return invalid("parts.%s has %d bytes; want %d", part.name, uint64(part.got), uint64(part.want))
+		}
+	}
+	return nil
+}
+
+// view makes a state of buffers of the layout's sizes.
 func (l *layout) view(p *C.gq_parts) (*quant.State, error) {
+	if err := l.check(p); err != nil {
+		return nil, err
+	}
 	s := l.state
 	want := l.sizes()
 	var err error
-	if s.Packed, err = sized("parts.packed", p.packed, uint64(p.packed_bytes), uint64(want.packed_bytes)); err != nil {
+	if s.Packed, err = memory("parts.packed", p.packed, uint64(want.packed_bytes)); err != nil {
 		return nil, err
-	}
-	if p.codebook != 0 && p.codebook_bytes != want.codebook_bytes {
-		return nil, invalid("parts.codebook has %d bytes; want %d", uint64(p.codebook_bytes), uint64(want.codebook_bytes))
 	}
 	if s.Codebook, err = floats("parts.codebook", p.codebook, present(p.codebook, want.codebook_bytes)); err != nil {
 		return nil, err
-	}
-	if p.absmax_bytes != want.absmax_bytes {
-		return nil, invalid("parts.absmax has %d bytes; want %d", uint64(p.absmax_bytes), uint64(want.absmax_bytes))
 	}
 	if !l.nested {
 		s.Absmax, err = floats("parts.absmax", p.absmax, uint64(want.absmax_bytes)/4)
@@ -91,9 +111,6 @@ func (l *layout) view(p *C.gq_parts) (*quant.State, error) {
 	if n.Codes, err = memory("parts.absmax", p.absmax, uint64(want.absmax_bytes)); err != nil {
 		return nil, err
 	}
-	if p.nested_absmax_bytes != want.nested_absmax_bytes {
-		return nil, invalid("parts.nested_absmax has %d bytes; want %d", uint64(p.nested_absmax_bytes), uint64(want.nested_absmax_bytes))
-	}
 	if n.Absmax, err = floats("parts.nested_absmax", p.nested_absmax, uint64(want.nested_absmax_bytes)/4); err != nil {
 		return nil, err
 	}
@@ -102,9 +119,6 @@ func (l *layout) view(p *C.gq_parts) (*quant.State, error) {
 		return nil, err
 	}
 	n.Codebook = table[:]
-	if p.offset_bytes != 4 {
-		return nil, invalid("parts.offset has %d bytes; want one float32", uint64(p.offset_bytes))
-	}
 	offset, err := floats("parts.offset", p.offset, 1)
 	if err != nil {
 		return nil, err
@@ -119,6 +133,35 @@ func present(a C.gq_addr, bytes C.uint64_t) uint64 {
 		return 0
 	}
 	return uint64(bytes) / 4
+}
+
+// weight is view for a device: the parts are not looked at.
+func (l *layout) weight(p *C.gq_parts, where *place) (w cuda.Weight, err error) {
+	if err := l.check(p); err != nil {
+		return w, err
+	}
+	w = cuda.Weight{Format: l.state.Format, Blocksize: int64(l.state.Blocksize), Nested: l.nested}
+	if w.Packed, err = where.address("parts.packed", p.packed, uint64(p.packed_bytes)); err != nil {
+		return w, err
+	}
+	if w.Codebook, err = where.floatAddress("parts.codebook", p.codebook, present(p.codebook, p.codebook_bytes)); err != nil {
+		return w, err
+	}
+	if !l.nested {
+		w.Absmax, err = where.floatAddress("parts.absmax", p.absmax, uint64(p.absmax_bytes)/4)
+		return w, err
+	}
+	if w.Absmax, err = where.address("parts.absmax", p.absmax, uint64(p.absmax_bytes)); err != nil {
+		return w, err
+	}
+	if w.NestedAbsmax, err = where.floatAddress("parts.nested_absmax", p.nested_absmax, uint64(p.nested_absmax_bytes)/4); err != nil {
+		return w, err
+	}
+	if w.NestedCodebook, err = where.tableAddress("parts.nested_codebook", p.nested_codebook); err != nil {
+		return w, err
+	}
+	w.Offset, err = where.floatAddress("parts.offset", p.offset, 1)
+	return w, err
 }
 
 // dequantize decodes elements of a viewed state.
@@ -192,13 +235,34 @@ func requested(format C.gq_format, d dtype.DType, shape *C.gq_const_int64, ndim 
 	return newLayout(format, d, dimensions, blocksize, nested)
 }
 
+//export go_gq_quantize_workspace_size
+func go_gq_quantize_workspace_size(format C.gq_format, shape *C.gq_const_int64, ndim C.int32_t, opts *C.gq_const_quantize_options, ordinal C.int32_t, bytes *C.uint64_t) C.gq_status {
+	return guarded("gq_quantize_workspace_size", func() error {
+		if bytes == nil {
+			return invalid("bytes is NULL")
+		}
+		*bytes = 0
+		l, err := requested(format, dtype.F32, shape, ndim, opts)
+		if err != nil {
+			return err
+		}
+		if ordinal < C.GQ_CPU {
+			return invalid("device is %d; want GQ_CPU or the ordinal of a CUDA device", int32(ordinal))
+		}
+		if l.nested && ordinal != C.GQ_CPU {
+			*bytes = C.uint64_t(cuda.NestedWorkspace(l.state.Blocks()))
+		}
+		return nil
+	})
+}
+
 //export go_gq_quantize
 func go_gq_quantize(format C.gq_format, src C.gq_addr, d C.gq_dtype, shape *C.gq_const_int64, ndim C.int32_t, opts *C.gq_const_quantize_options, parts *C.gq_const_parts, exec *C.gq_const_exec, nonfinite *C.int64_t) C.gq_status {
 	return guarded("gq_quantize", func() error {
 		if nonfinite != nil {
 			*nonfinite = 0
 		}
-		threads, err := execution(exec)
+		where, err := execution(exec)
 		if err != nil {
 			return err
 		}
@@ -213,6 +277,15 @@ func go_gq_quantize(format C.gq_format, src C.gq_addr, d C.gq_dtype, shape *C.gq
 		if parts == nil {
 			return invalid("parts is NULL")
 		}
+		if where.device != nil {
+			if err := l.quantizeOnDevice(&where, src, (*C.gq_parts)(unsafe.Pointer(parts))); err != nil {
+				return err
+			}
+			if nonfinite != nil {
+				*nonfinite = -1
+			}
+			return nil
+		}
 		s, err := l.view((*C.gq_parts)(unsafe.Pointer(parts)))
 		if err != nil {
 			return err
@@ -222,7 +295,7 @@ func go_gq_quantize(format C.gq_format, src C.gq_addr, d C.gq_dtype, shape *C.gq
 		if err != nil {
 			return err
 		}
-		bad, err := l.quantize(s, in, t, threads, (*C.gq_parts)(unsafe.Pointer(parts)))
+		bad, err := l.quantize(s, in, t, where.threads, (*C.gq_parts)(unsafe.Pointer(parts)))
 		if nonfinite != nil {
 			*nonfinite = C.int64_t(bad)
 		}
@@ -276,4 +349,44 @@ func (l *layout) quantize(s *quant.State, in []byte, d dtype.DType, threads int,
 		offset[0] = nested.Offset
 	}
 	return nonfinite, nil
+}
+
+// quantizeOnDevice puts the quantization of a whole weight on a stream.
+func (l *layout) quantizeOnDevice(where *place, src C.gq_addr, parts *C.gq_parts) error {
+	w, err := l.weight(parts, where)
+	if err != nil {
+		return err
+	}
+	n, t := l.state.Elements(), l.state.DType
+	in, err := where.address("src", src, uint64(n)*uint64(t.Bits()/8))
+	if err != nil {
+		return err
+	}
+	d, stream := where.device, where.stream
+	blocks := cuda.Blocks{Src: in, Absmax: w.Absmax, Codes: w.Packed, DType: t, N: n, Blocksize: w.Blocksize}
+	switch {
+	case w.Format == nil:
+		return d.Quantize8(stream, w.Codebook, blocks)
+	case w.Format.Bits == 8:
+		return d.QuantizeRowsInt8(stream, cuda.Rows{Src: in, Absmax: w.Absmax, Codes: w.Packed, DType: t, Rows: n / w.Blocksize, Cols: w.Blocksize})
+	}
+	if l.nested {
+		if blocks.Absmax, err = where.scratch(uint64(cuda.NestedWorkspace(l.state.Blocks()))); err != nil {
+			return err
+		}
+		if err := d.QuantizeNested(stream, w.Format, blocks, w.Absmax, w.NestedAbsmax, w.Offset); err != nil {
+			return err
+		}
+		if w.NestedCodebook != 0 {
+			if err := d.DynamicMap(stream, w.NestedCodebook); err != nil {
+				return err
+			}
+		}
+	} else if err := d.Quantize4(stream, w.Format, blocks); err != nil {
+		return err
+	}
+	if w.Codebook != 0 {
+		return d.Codebook(stream, w.Format, w.Codebook)
+	}
+	return nil
 }

@@ -13,16 +13,17 @@ import (
 // state is what a gq_state stands for: a layout, and buffers of the caller or of the state itself.
 type state struct {
 	*layout
-	parts C.gq_parts
-	shape *C.int64_t     // in C memory, for gq_state_get_desc
-	owned unsafe.Pointer // C memory that holds all parts; nil if they are borrowed
+	parts  C.gq_parts
+	device C.int32_t      // that holds the parts, or GQ_CPU
+	shape  *C.int64_t     // in C memory, for gq_state_get_desc
+	owned  unsafe.Pointer // C memory that holds all parts; nil if they are borrowed
 }
 
 var states = newRegistry[*state]("state", 1)
 
 // newState puts a layout and its buffers behind a handle.
-func newState(l *layout, parts C.gq_parts, owned unsafe.Pointer) *C.gq_state {
-	s := &state{layout: l, parts: parts, owned: owned}
+func newState(l *layout, parts C.gq_parts, device C.int32_t, owned unsafe.Pointer) *C.gq_state {
+	s := &state{layout: l, parts: parts, device: device, owned: owned}
 	s.shape = (*C.int64_t)(C.malloc(C.size_t(8 * len(l.state.Shape))))
 	copy(unsafe.Slice((*int64)(unsafe.Pointer(s.shape)), len(l.state.Shape)), l.state.Shape)
 	return stateHandle(states.add(s))
@@ -42,8 +43,10 @@ func go_gq_state_create(desc *C.gq_const_state_desc, handle **C.gq_state) C.gq_s
 		if err := options("desc", (*C.gq_state_desc)(unsafe.Pointer(desc)), &d); err != nil {
 			return err
 		}
-		if d.device != C.GQ_CPU {
-			return unsupported("desc.device is %d, but this build computes on the CPU only (GQ_CPU)", int32(d.device))
+		where := place{}
+		var err error
+		if where.device, err = device("desc.device", d.device); err != nil {
+			return err
 		}
 		if d.reserved != 0 {
 			return invalid("desc.reserved is %d; want 0", uint32(d.reserved))
@@ -66,10 +69,15 @@ func go_gq_state_create(desc *C.gq_const_state_desc, handle **C.gq_state) C.gq_s
 		if err != nil {
 			return err
 		}
-		if _, err := l.view(&d.parts); err != nil {
+		if where.device != nil {
+			_, err = l.weight(&d.parts, &where)
+		} else {
+			_, err = l.view(&d.parts)
+		}
+		if err != nil {
 			return err
 		}
-		*handle = newState(l, d.parts, nil)
+		*handle = newState(l, d.parts, d.device, nil)
 		return nil
 	})
 }
@@ -100,7 +108,7 @@ func go_gq_state_get_desc(handle *C.gq_state, desc *C.gq_state_desc) C.gq_status
 		defer done()
 		d := C.gq_state_desc{
 			format: s.format, dtype: C.gq_dtype(s.state.DType), ndim: C.int32_t(len(s.state.Shape)),
-			blocksize: C.int64_t(s.state.Blocksize), parts: s.parts, device: C.GQ_CPU,
+			blocksize: C.int64_t(s.state.Blocksize), parts: s.parts, device: s.device,
 			shape: C.gq_addr(uintptr(unsafe.Pointer(s.shape))),
 		}
 		if s.nested {
@@ -125,9 +133,16 @@ func go_gq_state_json(handle *C.gq_state, out *C.char, capacity C.size_t, length
 		if f := s.state.Format; f == nil || f.Bits != 4 {
 			return unsupported("only 4-bit states have bitsandbytes' JSON")
 		}
-		view, err := s.view(&s.parts)
-		if err != nil {
-			return err
+		var view *quant.State
+		switch {
+		case s.device == C.GQ_CPU:
+			if view, err = s.view(&s.parts); err != nil {
+				return err
+			}
+		case s.nested:
+			return unsupported("the state's offset, which its JSON has, is in the memory of %s", deviceName(s.device))
+		default:
+			view = &s.layout.state
 		}
 		json := view.JSON()
 		if out == nil && capacity > 0 {
@@ -163,9 +178,12 @@ func dequantizeState(handle *C.gq_state, first, n int64, out C.gq_addr, outBytes
 		return err
 	}
 	defer done()
-	threads, err := execution(exec)
+	where, err := execution(exec)
 	if err != nil {
 		return err
+	}
+	if where.ordinal() != s.device {
+		return invalid("the parts of the state are on %s, but exec.device is %s", deviceName(s.device), deviceName(where.ordinal()))
 	}
 	t, err := weightType("dtype", d)
 	if err != nil {
@@ -178,7 +196,19 @@ func dequantizeState(handle *C.gq_state, first, n int64, out C.gq_addr, outBytes
 	if first < 0 || first > all || n > all-first {
 		return invalid("elements %d to %d of a weight of %d", first, first+n, all)
 	}
-	values, err := sized("out", out, uint64(outBytes), uint64(n)*uint64(t.Bits()/8))
+	size := uint64(n) * uint64(t.Bits()/8)
+	if where.device != nil {
+		to, err := where.sizedAddress("out", out, uint64(outBytes), size)
+		if err != nil {
+			return err
+		}
+		w, err := s.weight(&s.parts, &where)
+		if err != nil {
+			return err
+		}
+		return where.device.Dequantize(where.stream, &w, t, to, first, n)
+	}
+	values, err := sized("out", out, uint64(outBytes), size)
 	if err != nil {
 		return err
 	}
@@ -186,5 +216,5 @@ func dequantizeState(handle *C.gq_state, first, n int64, out C.gq_addr, outBytes
 	if err != nil {
 		return err
 	}
-	return s.dequantize(view, first, n, values, t, threads)
+	return s.dequantize(view, first, n, values, t, where.threads)
 }

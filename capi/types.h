@@ -9,6 +9,7 @@
 typedef const char gq_const_char;
 typedef const int64_t gq_const_int64;
 typedef const gq_exec gq_const_exec;
+typedef const gq_buffer gq_const_buffer;
 typedef const gq_parts gq_const_parts;
 typedef const gq_quantize_options gq_const_quantize_options;
 typedef const gq_state_desc gq_const_state_desc;

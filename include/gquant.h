@@ -109,18 +109,25 @@ GQ_API const char *gq_last_error(void);
 GQ_API const char *gq_version(void);
 
 /* Version of this interface. It grows by 1 when something is added; GQ_ABI_VERSION is this header's. */
-#define GQ_ABI_VERSION 1
+#define GQ_ABI_VERSION 2
 GQ_API int32_t gq_abi_version(void);
 
-/* How the library was built and what it runs on, as JSON: version, go, cpu level, devices. The text belongs to the
- * library and stays valid. */
+/* How the library was built and what it runs on, as JSON: version, go, cpu level, and the CUDA architectures that it has kernels
+ * for (none in a build without CUDA). Does not touch a device. The text belongs to the library and stays valid. */
 GQ_API const char *gq_build_info(void);
 
 /* ---- addresses, dtypes, where to run ----------------------------------------------------------------------------- */
 
-/* The address of a buffer in host memory, or later in a device's memory (a CUdeviceptr). */
+/* The address of a buffer in host memory, or in a device's memory (a CUdeviceptr). Where a function runs on a device, all its gq_addr
+ * are device memory, unless its comment says otherwise; with GQUANT_CHECK=1 in the environment each is checked to be. */
 typedef uint64_t gq_addr;
 #define GQ_ADDR(pointer) ((gq_addr)(uintptr_t)(pointer))
+
+/* A buffer with its size. */
+typedef struct gq_buffer {
+    gq_addr address;
+    uint64_t bytes;
+} gq_buffer;
 
 /* The element types of safetensors. */
 typedef int32_t gq_dtype;
@@ -130,8 +137,10 @@ enum {
     GQ_I32 = 16, GQ_U32 = 17, GQ_F32 = 18, GQ_C64 = 19, GQ_F64 = 20, GQ_I64 = 21, GQ_U64 = 22
 };
 
-/* Where a function runs. NULL stands for the CPU with all cores. On a device a function only puts work on the stream:
- * it neither waits nor allocates, and can be captured in a graph. */
+/* Where a function runs. NULL stands for the CPU with all cores. On a device a function only puts work on the stream, in the
+ * device's primary context, which torch and the CUDA runtime use too: it neither waits nor allocates, and after
+ * gq_device_prepare it can be captured in a graph. Functions that read files are the exception: they return when the bytes
+ * are there. */
 #define GQ_CPU (-1)
 typedef struct gq_exec {
     uint32_t struct_size;
@@ -139,13 +148,34 @@ typedef struct gq_exec {
     uint64_t stream;          /* a CUstream; 0 is the legacy default stream */
     gq_addr workspace;        /* device memory for functions that ask for some */
     uint64_t workspace_bytes;
-    int32_t threads;          /* on the CPU; 0 = all cores */
+    int32_t threads;          /* on the CPU, or that read files for a device; 0 = all cores, for a device at most 16 */
     uint32_t reserved;        /* 0 */
 } gq_exec;
 #define GQ_EXEC_INIT {sizeof(gq_exec), GQ_CPU, 0, 0, 0, 0, 0}
 
-/* The number of CUDA devices; 0 without a driver or a device, which is no error. */
+/* ---- devices ------------------------------------------------------------------------------------------------------ */
+
+/* The number of CUDA devices; 0 without a driver or a device, or in a build without CUDA, which is no error. */
 GQ_API gq_status gq_device_count(int32_t *count);
+
+typedef struct gq_device_info {
+    uint32_t struct_size;
+    int32_t major, minor;    /* compute capability: 9 and 0 for an H100 */
+    int32_t multiprocessors;
+    int32_t driver_version;  /* the CUDA version that the driver supports: 13000 for 13.0 */
+    uint32_t reserved;
+    uint64_t memory_bytes;   /* in all */
+    char name[256];
+} gq_device_info;
+#define GQ_DEVICE_INFO_INIT {sizeof(gq_device_info), 0, 0, 0, 0, 0, 0, {0}}
+
+/* Describes a device. info->struct_size must be set. NOT_FOUND if there is no such device; UNSUPPORTED if there is none at all, with
+ * the reason. */
+GQ_API gq_status gq_device_get_info(int32_t device, gq_device_info *info);
+
+/* Loads the kernels into a device, which the first call that uses it does otherwise, but cannot while a graph is captured.
+ * UNSUPPORTED says what is missing: a driver, a newer driver, kernels for the device's architecture. */
+GQ_API gq_status gq_device_prepare(int32_t device);
 
 /* ---- formats ------------------------------------------------------------------------------------------------------ */
 
@@ -200,12 +230,27 @@ GQ_API gq_status gq_quantize_fp4(gq_addr src, gq_dtype dtype, int64_t n, int64_t
 GQ_API gq_status gq_quantize_blockwise(gq_addr src, gq_dtype dtype, int64_t n, int64_t blocksize, gq_addr table, gq_addr absmax,
                                        int64_t absmax_count, gq_addr codes, size_t codes_bytes, const gq_exec *exec);
 
+/* Quantizes the rows of a matrix as LLM.int8 does: codes = round(x * 127 / absmax), ties to even, in float16, to which other dtypes
+ * are rounded first.
+ *
+ *   src       rows * cols elements of dtype GQ_F32, GQ_F16 or GQ_BF16
+ *   threshold above 0, elements of this magnitude or more are outliers: they do not count for absmax, and columns with
+ *             one get code 0 in all rows
+ *   absmax    rows float32
+ *   codes     rows * cols int8
+ *   outliers  cols bytes: 1 for a column with an outlier, else 0; 0 with 0 bytes if nobody asks. With a threshold on a device it is
+ *             needed
+ */
+GQ_API gq_status gq_quantize_rows_int8(gq_addr src, gq_dtype dtype, int64_t rows, int64_t cols, float threshold, gq_addr absmax,
+                                       int64_t absmax_count, gq_addr codes, size_t codes_bytes, gq_addr outliers,
+                                       size_t outliers_bytes, const gq_exec *exec);
+
 /* bitsandbytes' tables of 256 float32: "dynamic" (signed), "dynamic_unsigned", "linear", "linear_unsigned",
  * "fp8_e4m3" and "fp8_e5m2". count is 256. NOT_FOUND for other names. */
 GQ_API gq_status gq_codebook(const char *name, float *table, int64_t count);
 
 /* Packs n codes, one per byte (0…15), into ceil(n / 2) bytes, and back. order says which element of a pair is in the high
- * nibble. An odd n leaves the last nibble 0. INVALID_ARGUMENT if a code is above 15. */
+ * nibble. An odd n leaves the last nibble 0. INVALID_ARGUMENT if a code is above 15; a device takes its lower 4 bits. */
 enum {
     GQ_HIGH_NIBBLE_FIRST = 0, /* bitsandbytes, NVFP4 */
     GQ_LOW_NIBBLE_FIRST = 1   /* comfy-kitchen's INT4 */
@@ -245,8 +290,13 @@ typedef struct gq_quantize_options {
 GQ_API gq_status gq_quantized_layout(gq_format format, const int64_t *shape, int32_t ndim, const gq_quantize_options *options,
                                      gq_parts *layout);
 
+/* The workspace that gq_quantize needs on a device: nested statistics want a float32 per block and some more. 0 on the CPU. */
+GQ_API gq_status gq_quantize_workspace_size(gq_format format, const int64_t *shape, int32_t ndim, const gq_quantize_options *options,
+                                            int32_t device, uint64_t *bytes);
+
 /* Quantizes a whole weight into the caller's buffers, whose sizes must be those of gq_quantized_layout. nonfinite, if not
- * NULL, receives the number of NaN and Inf elements (CPU only; -1 on a device). UNSUPPORTED for formats that are read only. */
+ * NULL, receives the number of NaN and Inf elements (CPU only; -1 on a device). On a device exec->workspace has the bytes of
+ * gq_quantize_workspace_size, at an address divisible by 16. */
 GQ_API gq_status gq_quantize(gq_format format, gq_addr src, gq_dtype dtype, const int64_t *shape, int32_t ndim,
                              const gq_quantize_options *options, const gq_parts *parts, const gq_exec *exec, int64_t *nonfinite);
 
@@ -263,14 +313,14 @@ typedef struct gq_state_desc {
     gq_addr shape;            /* ndim int64 in host memory; copied */
     int64_t blocksize;        /* elements per absmax; for INT8 the row length */
     int64_t nested_blocksize; /* 256, or 0 if not nested */
-    gq_parts parts;           /* on the host, or all on one device */
+    gq_parts parts;           /* on the host, or all on one device; codes at any address, statistics aligned to their elements */
     int32_t device;           /* GQ_CPU, or the device that holds the parts */
     uint32_t reserved;        /* 0 */
 } gq_state_desc;
 #define GQ_STATE_DESC_INIT {sizeof(gq_state_desc), 0, 0, 0, 0, 0, 0, GQ_PARTS_INIT, GQ_CPU, 0}
 
 /* Makes a state that borrows the parts until gq_state_free: they must be valid during calls that use the state, and may change
- * between them. */
+ * between them. Functions that use the state run where its parts are: exec says the same device. */
 GQ_API gq_status gq_state_create(const gq_state_desc *desc, gq_state **state);
 
 /* Waits for calls that use the state, then ends it. The parts stay the caller's. */
@@ -298,14 +348,16 @@ typedef struct gq_model gq_model;
 
 typedef struct gq_load_options {
     uint32_t struct_size;
-    int32_t device;      /* GQ_CPU: tensors are read when asked for */
+    int32_t device;      /* GQ_CPU: tensors are read when asked for; a device: all are read into its memory */
     const char *prefix;  /* only tensors whose names start with it, which is cut off; NULL = all */
     const char *include; /* only tensors and layers that match these globs, separated by commas; NULL = all */
 } gq_load_options;
 #define GQ_LOAD_OPTIONS_INIT {sizeof(gq_load_options), GQ_CPU, NULL, NULL}
 
-/* Opens a model and finds its quantized layers, in bitsandbytes', GPTQModel's and LLM.int8's naming. Reads headers and states,
- * no weights. NOT_FOUND if path does not exist, BAD_FILE if a file or layer breaks the rules, IO. options may be NULL. */
+/* Opens a model and finds its quantized layers, in bitsandbytes', GPTQModel's and LLM.int8's naming. On the CPU it reads headers and
+ * states, no weights; with a device it reads everything into one allocation of device memory, which gq_free_model releases: gq_tensor_info
+ * and gq_model_state then give addresses there. NOT_FOUND if path does not exist, BAD_FILE if a file or layer breaks the rules,
+ * IO, OUT_OF_MEMORY. options may be NULL. */
 GQ_API gq_status gq_load_model(const char *path, const gq_load_options *options, gq_model **model);
 
 /* Waits for calls that use the model, then closes its files. States made from it must be freed before. */
@@ -322,15 +374,16 @@ typedef struct gq_tensor_info {
     uint64_t bytes;
     const char *file;    /* path of the file that holds it */
     uint64_t file_offset; /* of its first byte */
+    gq_addr address;      /* of its bytes in the memory of the device that the model was loaded to; else 0 */
 } gq_tensor_info;
-#define GQ_TENSOR_INFO_INIT {sizeof(gq_tensor_info), 0, NULL, NULL, 0, 0, 0, NULL, 0}
+#define GQ_TENSOR_INFO_INIT {sizeof(gq_tensor_info), 0, NULL, NULL, 0, 0, 0, NULL, 0, 0}
 
 /* Tensors that belong to no quantized layer, by number and by name (NOT_FOUND if there is none). */
 GQ_API gq_status gq_model_tensor_count(gq_model *model, int64_t *count);
 GQ_API gq_status gq_model_tensor(gq_model *model, int64_t index, gq_tensor_info *info);
 GQ_API gq_status gq_model_find_tensor(gq_model *model, const char *name, int64_t *index);
 
-/* Reads bytes first … first+out_bytes of a tensor into host memory. */
+/* Reads bytes first … first+out_bytes of a tensor into memory of the host, or of exec's device. */
 GQ_API gq_status gq_model_read(gq_model *model, int64_t index, uint64_t first, gq_addr out, size_t out_bytes, const gq_exec *exec);
 
 /* A quantized layer. */
@@ -356,11 +409,18 @@ GQ_API gq_status gq_model_find_layer(gq_model *model, const char *name, int64_t 
  * are skipped. */
 GQ_API gq_status gq_model_read_layer(gq_model *model, int64_t index, const gq_parts *parts, const gq_exec *exec);
 
-/* Makes a state of a layer, with memory of its own that gq_state_free releases. */
+/* Reads many tensors and layers at once, which is the fast way to a device: tensors[i] takes tensor i, layers[i] the parts of layer i,
+ * for all tensors and layers of the model. What has the address 0 is skipped; other sizes must be those of gq_tensor_info and
+ * gq_layer_info. Work that exec's stream has before the call is done before memory is written. */
+GQ_API gq_status gq_model_read_all(gq_model *model, const gq_buffer *tensors, int64_t tensor_count, const gq_parts *layers,
+                                   int64_t layer_count, const gq_exec *exec);
+
+/* Makes a state of a layer, with memory of its own that gq_state_free releases, or over the memory of a model that was loaded to
+ * a device. */
 GQ_API gq_status gq_model_state(gq_model *model, int64_t index, gq_state **state);
 
 /* Decodes rows first_row … first_row+rows of a layer (the first dimension; 1-D layers have rows of one element) straight from the
- * file. out_bytes is rows times the row length times the size of dtype. */
+ * file, on the CPU. out_bytes is rows times the row length times the size of dtype. */
 GQ_API gq_status gq_model_dequantize(gq_model *model, int64_t index, int64_t first_row, int64_t rows, gq_addr out, size_t out_bytes,
                                      gq_dtype dtype, const gq_exec *exec);
 

@@ -50,6 +50,7 @@ func (f *convertFlags) register(c *cobra.Command) {
 	flags.StringArrayVar(&o.Exclude, "exclude", nil, `tensors to leave as they are: globs such as "*.norm*,*.embed*"`)
 	flags.StringArrayVar(&o.Include, "include", nil, "tensors to quantize although the default rule would leave them")
 	flags.StringVar(&o.Convention, "convention", o.Convention, "bitsandbytes, or comfy to write .comfy_quant tensors as well")
+	flags.StringVar(&o.Device, "device", o.Device, "where to quantize: cpu, or cuda:0, cuda:1, …; the bytes are the same")
 	flags.BoolVar(&o.Strict, "strict", false, "fail when a weight holds NaN or Inf")
 	jsonFlag(c, &f.json)
 }
@@ -120,8 +121,12 @@ func runPlan(c *cobra.Command, p *convert.Plan, asJSON bool) error {
 	for _, w := range p.Warnings {
 		warn(c, "%s", w)
 	}
+	engine, err := engineOf(p.Options.Device)
+	if err != nil {
+		return err
+	}
 	add, done := progress("converting", p.Bytes)
-	r, err := convert.Run(c.Context(), p, add)
+	r, err := convert.Run(c.Context(), p, engine, add)
 	done()
 	if err != nil {
 		return err

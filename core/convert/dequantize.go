@@ -1,6 +1,8 @@
 package convert
 
 import (
+	"slices"
+
 	"github.com/gquant/gquant/core/checkpoint"
 	"github.com/gquant/gquant/core/dtype"
 	"github.com/gquant/gquant/core/safetensors"
@@ -16,7 +18,7 @@ type dequantizer struct {
 	decoder  *checkpoint.Decoder
 }
 
-func newDequantizer(it *Item, w *safetensors.Writer) *dequantizer {
+func newDequantizer(it *Item, w *safetensors.Writer, chunkBytes int64) *dequantizer {
 	d := it.parts[0].Spec.DType
 	blocksize := int64(it.layer.State.Blocksize)
 	blocks := max(1, chunkBytes*8/int64(d.Bits())/blocksize)
@@ -34,11 +36,11 @@ func (d *dequantizer) run(chunk int, s *scratch) error {
 	first := int64(chunk) * d.perChunk
 	count := min(d.perChunk, d.elements-first)
 	size := int64(d.dtype.Bits() / 8)
-	values := grow(&s.out, count*size)
-	if err := d.decoder.Read(values, d.dtype, first, count, &s.in); err != nil {
+	s.values = slices.Grow(s.values[:0], int(count*size))[:count*size]
+	if err := d.decoder.Read(s.values, d.dtype, first, count, &s.codes); err != nil {
 		return err
 	}
-	return d.out.WriteAt(d.item.first, values, first*size)
+	return d.out.WriteAt(d.item.first, s.values, first*size)
 }
 
 func (d *dequantizer) finish() error {

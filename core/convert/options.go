@@ -25,11 +25,12 @@ type Options struct {
 	Force        bool     `json:"force"`          // replace existing output
 	Strict       bool     `json:"strict"`         // NaN or Inf in a weight is an error
 	Threads      int      `json:"threads"`        // 0 = all cores
+	Device       string   `json:"device"`         // where to quantize: "cpu", or "cuda:0"; who calls Run chooses the engine by it
 }
 
 // DefaultOptions are bitsandbytes' and Hugging Face's usual choices.
 func DefaultOptions() Options {
-	return Options{Mode: "nf4", BlockSize: 64, QuantStorage: "uint8", Convention: "bitsandbytes"}
+	return Options{Mode: "nf4", BlockSize: 64, QuantStorage: "uint8", Convention: "bitsandbytes", Device: "cpu"}
 }
 
 // OptionError is an option with a value that it cannot have.

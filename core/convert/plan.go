@@ -164,6 +164,9 @@ func NewDequantize(m *checkpoint.Model, d dtype.DType, o Options) (*Plan, error)
 	if len(m.Layers) == 0 {
 		return nil, fmt.Errorf("%s: no quantized layer found", m.Path())
 	}
+	if o.Device != "" && o.Device != "cpu" {
+		return nil, badOption("device %q: weights are restored on the cpu", o.Device)
+	}
 	if d != 0 && !quantizable(d) {
 		return nil, badOption("dtype %s is not one of F32, F16, BF16", d)
 	}

@@ -20,7 +20,7 @@ type quantizer struct {
 	nonfinite atomic.Int64
 }
 
-func newQuantizer(it *Item, w *safetensors.Writer) *quantizer {
+func newQuantizer(it *Item, w *safetensors.Writer, chunkBytes int64) *quantizer {
 	// chunkBytes is a power of two and so is the blocksize, hence no chunk ends inside a block or a byte.
 	return &quantizer{item: it, out: w, elements: it.entry.Elements(), perChunk: chunkBytes * 8 / int64(it.entry.DType.Bits())}
 }
@@ -37,14 +37,16 @@ func (q *quantizer) run(chunk int, s *scratch) error {
 	it, first := q.item, int64(chunk)*q.perChunk
 	count := min(q.perChunk, q.elements-first)
 	size := int64(it.entry.DType.Bits() / 8)
-	in := grow(&s.in, count*size)
-	if err := it.entry.Read(in, first*size); err != nil {
+	if err := it.entry.Read(s.worker.Source(count*size), first*size); err != nil {
 		return err
 	}
-	packed := grow(&s.out, (count+1)/2)
 	blocksize := int64(it.target.Blocksize)
 	absmax := q.absmax[first/blocksize : (first+count+blocksize-1)/blocksize]
-	q.nonfinite.Add(quant.QuantizeBlocks(it.target.Format, in, it.entry.DType, count, int(blocksize), absmax, packed))
+	packed, nonfinite, err := s.worker.Quantize(it.target.Format, it.entry.DType, count, int(blocksize), absmax)
+	if err != nil {
+		return fmt.Errorf("tensor %q: %w", it.Name, err)
+	}
+	q.nonfinite.Add(nonfinite)
 	return q.out.WriteAt(it.first, packed, first/2)
 }
 

@@ -9,18 +9,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/gquant/gquant/core/quant"
 	"github.com/gquant/gquant/core/safetensors"
 	"golang.org/x/sync/errgroup"
 )
-
-// chunkBytes is how much of a source tensor one worker reads at a time: small enough that the bytes are still in
-// the core's cache when they are quantized and written, large enough that system calls don't count.
-const chunkBytes = 1 << 20
 
 // stage carries out one item, chunk by chunk. Chunks may run at the same time and in any order; open runs once,
 // before the first of them, and finish once, after the last. What a stage holds for its item it takes in open and
@@ -32,15 +28,10 @@ type stage interface {
 	finish() error
 }
 
-// scratch is one worker's memory.
-type scratch struct{ in, out []byte }
-
-// grow returns b with length n, reusing its memory.
-func grow(b *[]byte, n int64) []byte {
-	if int64(cap(*b)) < n {
-		*b = make([]byte, n)
-	}
-	return (*b)[:n]
+// scratch is what one goroutine works with: its hold on the engine, and memory.
+type scratch struct {
+	worker        quant.Worker
+	codes, values []byte // of the stage that dequantizes
 }
 
 // job is an item on its way.
@@ -58,10 +49,10 @@ type task struct {
 	chunk int
 }
 
-// Run carries out the plan. It calls progress, from several goroutines, with the number of source bytes that each
-// finished chunk covered. When ctx ends it stops with ctx's error.
+// Run carries out the plan, quantizing with the engine. It calls progress, from several goroutines, with the number of source bytes
+// that each finished chunk covered. When ctx ends it stops with ctx's error.
 // On any error no file has its final name; with Options.Resume an interrupted result stays for the next run.
-func Run(ctx context.Context, p *Plan, progress func(bytes int64)) (report *Report, err error) {
+func Run(ctx context.Context, p *Plan, engine quant.Engine, progress func(bytes int64)) (report *Report, err error) {
 	start := time.Now()
 	key, err := p.key()
 	if err != nil {
@@ -97,11 +88,11 @@ func Run(ctx context.Context, p *Plan, progress func(bytes int64)) (report *Repo
 		j := &job{item: it, number: number}
 		switch it.Action {
 		case Copy:
-			j.stage = newCopier(it, w)
+			j.stage = newCopier(it, w, engine.ChunkBytes())
 		case Quantize:
-			j.stage = newQuantizer(it, w)
+			j.stage = newQuantizer(it, w, engine.ChunkBytes())
 		case Dequantize:
-			j.stage = newDequantizer(it, w)
+			j.stage = newDequantizer(it, w, engine.ChunkBytes())
 		}
 		j.open = sync.OnceValue(j.stage.open)
 		j.left.Store(int64(j.stage.chunks()))
@@ -109,7 +100,7 @@ func Run(ctx context.Context, p *Plan, progress func(bytes int64)) (report *Repo
 			tasks = append(tasks, task{j, chunk})
 		}
 	}
-	if err := runTasks(ctx, tasks, p.Options.Threads, func(j *job) error {
+	if err := runTasks(ctx, tasks, engine, p.Options.Threads, func(j *job) error {
 		if err := j.stage.finish(); err != nil {
 			return err
 		}
@@ -128,17 +119,19 @@ func Run(ctx context.Context, p *Plan, progress func(bytes int64)) (report *Repo
 	return report, report.measure(p, out.writers, time.Since(start))
 }
 
-// runTasks hands out the chunks in file order to the workers.
-func runTasks(ctx context.Context, tasks []task, threads int, finished func(*job) error, progress func(int64)) error {
-	if threads <= 0 {
-		threads = runtime.GOMAXPROCS(0)
-	}
+// runTasks hands out the chunks in file order to the engine's workers.
+func runTasks(ctx context.Context, tasks []task, engine quant.Engine, threads int, finished func(*job) error, progress func(int64)) error {
 	var next atomic.Int64
 	var finishing sync.Mutex
 	group, ctx := errgroup.WithContext(ctx)
-	for range min(threads, len(tasks)) {
-		group.Go(func() error {
-			var memory scratch
+	for range min(engine.Workers(threads), len(tasks)) {
+		group.Go(func() (err error) {
+			worker, err := engine.NewWorker()
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, worker.Close()) }()
+			memory := scratch{worker: worker}
 			for {
 				if err := ctx.Err(); err != nil {
 					return err

@@ -75,7 +75,7 @@ func run(t *testing.T, path string, o Options) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	return Run(context.Background(), p, func(int64) {})
+	return Run(context.Background(), p, quant.CPU{}, func(int64) {})
 }
 
 func read(t *testing.T, path string) []byte {
@@ -253,7 +253,7 @@ func TestInterruptedRuns(t *testing.T) {
 			if stopAfter == 0 {
 				stop()
 			}
-			_, err = Run(ctx, p, func(int64) {
+			_, err = Run(ctx, p, quant.CPU{}, func(int64) {
 				if chunks.Add(1) == stopAfter {
 					stop()
 				}
@@ -309,7 +309,7 @@ func TestResumeStartsOverWhenThePlanDiffers(t *testing.T) {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	var chunks atomic.Int64
-	if _, err := Run(ctx, p, func(int64) {
+	if _, err := Run(ctx, p, quant.CPU{}, func(int64) {
 		if chunks.Add(1) == 15 {
 			stop()
 		}
@@ -410,7 +410,7 @@ func TestDequantizeIsTheWayBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Run(context.Background(), p, func(int64) {}); err != nil {
+	if _, err := Run(context.Background(), p, quant.CPU{}, func(int64) {}); err != nil {
 		t.Fatal(err)
 	}
 	back, err := checkpoint.Open(plain)

@@ -20,11 +20,16 @@ const (
 	int8ProductStep float32 = 6.200012e-05
 )
 
-// dequantizeRowsInt8: an element is code·absmax·(1/127), rounded after each product. A block is a row.
+// dequantizeRowsInt8: an element is code·absmax·(1/127), rounded after each product. A block is a row. As on the GPU, a NaN is the positive
+// one with all bits set.
 func dequantizeRowsInt8(codes []byte, absmax []float32, n, blocksize int, dst []byte, d dtype.DType) {
 	size := d.Bits() / 8
 	for i := range n {
-		dtype.PutF32(dst[i*size:], d, float32(float32(int8(codes[i]))*absmax[i/blocksize])*int8Step)
+		x := float32(float32(int8(codes[i]))*absmax[i/blocksize]) * int8Step
+		if x != x {
+			x = math.Float32frombits(0x7fffffff)
+		}
+		dtype.PutF32(dst[i*size:], d, x)
 	}
 }
 

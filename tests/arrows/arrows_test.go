@@ -24,12 +24,13 @@ var allowed = map[string][]string{
 	"core/checkpoint":  {"core/quant", "core/safetensors", "core/dtype"},
 	"core/convert":     {"core/checkpoint", "core/globs", "core/quant", "core/safetensors", "core/dtype"},
 	"core/verify":      {"core/checkpoint", "core/safetensors", "core/dtype"},
-	"capi":             {"core/convert", "core/verify", "core/checkpoint", "core/globs", "core/quant", "core/kernel", "core/safetensors", "core/dtype"},
-	"cmd/gquant":       {"core/convert", "core/verify", "core/checkpoint", "core/quant", "core/kernel", "core/safetensors", "core/dtype"},
+	"cuda":             {"core/quant", "core/dtype"},
+	"capi":             {"cuda", "core/convert", "core/verify", "core/checkpoint", "core/globs", "core/quant", "core/kernel", "core/safetensors", "core/dtype"},
+	"cmd/gquant":       {"cuda", "core/convert", "core/verify", "core/checkpoint", "core/quant", "core/kernel", "core/safetensors", "core/dtype"},
 }
 
 // mayUseC are the packages that may import "C".
-var mayUseC = []string{"capi", "core/kernel"}
+var mayUseC = []string{"capi", "core/kernel", "cuda"}
 
 type goPackage struct {
 	ImportPath string
@@ -38,7 +39,7 @@ type goPackage struct {
 }
 
 func TestImportsPointOneWay(t *testing.T) {
-	command := exec.Command("go", "list", "-json=ImportPath,Imports,CgoFiles", module+"core/...", module+"capi", module+"cmd/...")
+	command := exec.Command("go", "list", "-json=ImportPath,Imports,CgoFiles", module+"core/...", module+"cuda", module+"capi", module+"cmd/...")
 	text, err := command.Output()
 	if err != nil {
 		t.Fatalf("%v: %v", command, err)

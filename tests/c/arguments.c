@@ -64,10 +64,12 @@ CALL(format_by_name, P(const char, 0), P(gq_format, 1))
 CALL(quantize_nf4, a[0], I32(1), I64(2), I64(3), a[4], I64(5), a[6], (size_t)a[7], NULL)
 CALL(quantize_fp4, a[0], I32(1), I64(2), I64(3), a[4], I64(5), a[6], (size_t)a[7], NULL)
 CALL(quantize_blockwise, a[0], I32(1), I64(2), I64(3), 0, a[4], I64(5), a[6], (size_t)a[7], NULL)
+CALL(quantize_rows_int8, a[0], I32(1), I64(2), I64(3), 6.0f, a[4], I64(5), a[6], (size_t)a[7], a[8], (size_t)a[9], NULL)
 CALL(codebook, P(const char, 0), P(float, 1), I64(2))
 CALL(pack_4bit, a[0], I64(1), I32(2), a[3], (size_t)a[4], NULL)
 CALL(unpack_4bit, a[0], (size_t)a[1], I32(2), a[3], I64(4), NULL)
 CALL(quantized_layout, I32(0), P(const int64_t, 1), I32(2), NULL, P(gq_parts, 3))
+CALL(quantize_workspace_size, I32(0), P(const int64_t, 1), I32(2), NULL, GQ_CPU, P(uint64_t, 3))
 CALL(quantize, I32(0), a[1], I32(2), P(const int64_t, 3), I32(4), NULL, P(const gq_parts, 5), NULL, P(int64_t, 6))
 CALL(state_create, P(const gq_state_desc, 0), P(gq_state *, 1))
 CALL(state_get_desc, P(gq_state, 0), P(gq_state_desc, 1))
@@ -83,6 +85,7 @@ CALL(model_layer_count, P(gq_model, 0), P(int64_t, 1))
 CALL(model_layer, P(gq_model, 0), I64(1), P(gq_layer_info, 2))
 CALL(model_find_layer, P(gq_model, 0), P(const char, 1), P(int64_t, 2))
 CALL(model_read_layer, P(gq_model, 0), I64(1), P(const gq_parts, 2), NULL)
+CALL(model_read_all, P(gq_model, 0), P(const gq_buffer, 1), I64(2), P(const gq_parts, 3), I64(4), NULL)
 CALL(model_state, P(gq_model, 0), I64(1), P(gq_state *, 2))
 CALL(model_dequantize, P(gq_model, 0), I64(1), I64(2), I64(3), a[4], (size_t)a[5], I32(6), NULL)
 CALL(model_metadata_count, P(gq_model, 0), P(int64_t, 1))
@@ -178,8 +181,9 @@ static void try_function(const struct function *f) {
 enum { ROWS = 4, COLS = 96, N = ROWS * COLS, BLOCKSIZE = 64, BLOCKS = N / BLOCKSIZE };
 
 static float weight[N], absmax[BLOCKS], restored[N];
-static unsigned char packed[N / 2], bytes[N], nibbles[N]; /* nibbles stay 0 */
+static unsigned char packed[N / 2], bytes[N], outliers[COLS], nibbles[N]; /* nibbles stay 0 */
 static const int64_t shape[2] = {ROWS, COLS};
+static const char *modules;
 
 /* Shapes that no weight has. */
 static void try_shapes(void) {
@@ -250,10 +254,37 @@ static void try_parts(void) {
 static void try_exec(void) {
     int32_t devices = 0;
     OK(gq_device_count(&devices));
+    const gq_status absent = devices ? GQ_ERROR_NOT_FOUND : GQ_ERROR_UNSUPPORTED;
     gq_exec exec = GQ_EXEC_INIT;
-    exec.device = devices; /* one behind the last */
-    STATUS(gq_quantize_nf4(GQ_ADDR(weight), GQ_F32, N, BLOCKSIZE, GQ_ADDR(absmax), BLOCKS, GQ_ADDR(packed), N / 2, &exec), GQ_ERROR_UNSUPPORTED);
-    SAYS("exec");
+    gq_device_info info = GQ_DEVICE_INFO_INIT;
+    gq_load_options options = GQ_LOAD_OPTIONS_INIT;
+    gq_model *model = (gq_model *)8;
+    const int32_t missing[] = {devices, INT32_MAX}; /* one behind the last */
+    for (int i = 0; i < 2; i++) {
+        exec.device = options.device = missing[i];
+        STATUS(gq_quantize_nf4(GQ_ADDR(weight), GQ_F32, N, BLOCKSIZE, GQ_ADDR(absmax), BLOCKS, GQ_ADDR(packed), N / 2, &exec), absent);
+        STATUS(gq_quantize_rows_int8(GQ_ADDR(weight), GQ_F32, ROWS, COLS, 0, GQ_ADDR(absmax), ROWS, GQ_ADDR(bytes), N, 0, 0, &exec), absent);
+        STATUS(gq_device_get_info(missing[i], &info), absent);
+        CHECK(info.name[0] == 0 && info.major == 0, "a device that is not there is described");
+        STATUS(gq_device_prepare(missing[i]), absent);
+        STATUS(gq_load_model(modules, &options, &model), absent);
+        CHECK(model == NULL, "a model after a failure");
+    }
+    const int32_t wrong[] = {-2, INT32_MIN};
+    for (int i = 0; i < 2; i++) {
+        uint64_t size = 7;
+        exec.device = options.device = wrong[i];
+        STATUS(gq_quantize_nf4(GQ_ADDR(weight), GQ_F32, N, BLOCKSIZE, GQ_ADDR(absmax), BLOCKS, GQ_ADDR(packed), N / 2, &exec), GQ_ERROR_INVALID_ARGUMENT);
+        SAYS("exec.device");
+        STATUS(gq_load_model(modules, &options, &model), GQ_ERROR_INVALID_ARGUMENT);
+        SAYS("device");
+        STATUS(gq_quantize_workspace_size(GQ_FORMAT_NF4, shape, 2, NULL, wrong[i], &size), GQ_ERROR_INVALID_ARGUMENT);
+        SAYS("device");
+        CHECK(size == 0, "%d bytes after a failure", (int)size);
+        CHECK(gq_device_get_info(wrong[i], &info) == absent && gq_device_prepare(wrong[i]) == absent, "%s", gq_last_error());
+    }
+    STATUS(gq_device_get_info(0, NULL), GQ_ERROR_INVALID_ARGUMENT);
+    SAYS("info");
     exec.device = GQ_CPU;
     exec.threads = -1;
     STATUS(gq_quantize_nf4(GQ_ADDR(weight), GQ_F32, N, BLOCKSIZE, GQ_ADDR(absmax), BLOCKS, GQ_ADDR(packed), N / 2, &exec), GQ_ERROR_INVALID_ARGUMENT);
@@ -267,8 +298,21 @@ static void try_nothing(void) {
     OK(gq_quantize_nf4(0, GQ_F32, 0, BLOCKSIZE, 0, 0, 0, 0, NULL));
     OK(gq_quantize_fp4(0, GQ_F16, 0, BLOCKSIZE, 0, 0, 0, 0, NULL));
     OK(gq_quantize_blockwise(0, GQ_BF16, 0, BLOCKSIZE, 0, 0, 0, 0, 0, NULL));
+    OK(gq_quantize_rows_int8(0, GQ_F32, 0, 0, 0, 0, 0, 0, 0, 0, 0, NULL));
+    OK(gq_quantize_rows_int8(GQ_ADDR(weight), GQ_F32, ROWS, COLS, 6, GQ_ADDR(absmax), ROWS, GQ_ADDR(bytes), N, 0, 0, NULL));
     OK(gq_pack_4bit(0, 0, GQ_HIGH_NIBBLE_FIRST, 0, 0, NULL));
     OK(gq_unpack_4bit(0, 0, GQ_LOW_NIBBLE_FIRST, 0, 0, NULL));
+}
+
+/* Thresholds that are none. */
+static void try_thresholds(void) {
+    const uint32_t bits[] = {0xbf800000, 0x7fc00000, 0xff800000, 0x80000001}; /* -1, NaN, -Inf, the smallest below 0 */
+    for (int i = 0; i < 4; i++) {
+        float threshold;
+        memcpy(&threshold, &bits[i], 4);
+        STATUS(gq_quantize_rows_int8(GQ_ADDR(weight), GQ_F32, ROWS, COLS, threshold, GQ_ADDR(absmax), ROWS, GQ_ADDR(bytes), N, 0, 0, NULL), GQ_ERROR_INVALID_ARGUMENT);
+        SAYS("threshold");
+    }
 }
 
 /* Texts that are no request. */
@@ -289,6 +333,7 @@ static void try_requests(void) {
 
 int main(int argc, char **argv) {
     if (argc != 2) return 2;
+    modules = argv[1];
     for (int i = 0; i < N; i++) weight[i] = (float)(i % 37) - 18;
     gq_parts parts = GQ_PARTS_INIT;
     parts.packed = GQ_ADDR(packed);
@@ -331,6 +376,10 @@ int main(int argc, char **argv) {
     gq_job_progress progress = GQ_JOB_PROGRESS_INIT;
     int32_t i32;
     int64_t i64;
+    uint64_t u64;
+    /* Nothing is read where the address is 0. */
+    gq_buffer *no_tensors = calloc((size_t)tensors, sizeof *no_tensors);
+    gq_parts *no_layers = calloc((size_t)layers, sizeof *no_layers);
     gq_format format;
     size_t length;
     const char *key, *value;
@@ -363,6 +412,10 @@ int main(int argc, char **argv) {
          {BUFFER(INPUT, src, 0), {DTYPE, "dtype", GQ_F32, 0}, {LENGTH, "n", N, 0}, {COUNT, "blocksize", BLOCKSIZE, 0},
           BUFFER(RESULT, absmax, sizeof absmax), {COUNT, "absmax_count", BLOCKS, 0}, BUFFER(RESULT, codes, N),
           {SIZE, "codes_bytes", N, 0}}},
+        {"gq_quantize_rows_int8", call_quantize_rows_int8,
+         {BUFFER(INPUT, src, 0), {DTYPE, "dtype", GQ_F32, 0}, {COUNT, "rows", ROWS, 0}, {COUNT, "cols", COLS, 0},
+          BUFFER(RESULT, absmax, ROWS * 4), {COUNT, "absmax_count", ROWS, 0}, BUFFER(RESULT, codes, N), {SIZE, "codes_bytes", N, 0},
+          BUFFER(RESULT, outliers, COLS), {SIZE, "outliers_bytes", COLS, 0}}},
         {"gq_codebook", call_codebook, {{INPUT, "name", GQ_ADDR(dynamic), 0}, BUFFER(RESULT, table, sizeof table), {COUNT, "count", 256, 0}}},
         {"gq_pack_4bit", call_pack_4bit,
          {{INPUT, "codes", GQ_ADDR(nibbles), 0}, {LENGTH, "n", N, 0}, {ORDER, "order", GQ_HIGH_NIBBLE_FIRST, 0}, BUFFER(RESULT, packed, sizeof packed),
@@ -372,6 +425,8 @@ int main(int argc, char **argv) {
           BUFFER(RESULT, codes, N), {LENGTH, "n", N, 0}}},
         {"gq_quantized_layout", call_quantized_layout,
          {{FORMAT, "format", GQ_FORMAT_NF4, 0}, BUFFER(INPUT, shape, 0), {NDIM, "ndim", 2, 0}, {INPUT, "layout", GQ_ADDR(&layout), 0}}},
+        {"gq_quantize_workspace_size", call_quantize_workspace_size,
+         {{FORMAT, "format", GQ_FORMAT_NF4, 0}, BUFFER(INPUT, shape, 0), {NDIM, "ndim", 2, 0}, {OUT, "bytes", GQ_ADDR(&u64), 8}}},
         {"gq_quantize", call_quantize,
          {{FORMAT, "format", GQ_FORMAT_NF4, 0}, BUFFER(INPUT, src, 0), {DTYPE, "dtype", GQ_F32, 0}, BUFFER(INPUT, shape, 0),
           {NDIM, "ndim", 2, 0}, {INPUT, "parts", GQ_ADDR(&parts), 0}, {FIXED, "nonfinite", GQ_ADDR(nonfinite), 0}}},
@@ -406,6 +461,9 @@ int main(int argc, char **argv) {
          {BUFFER(HANDLE, model, 0), {INPUT, "name", GQ_ADDR(layer_info.name), 0}, BUFFER(OUT, index, 8)}},
         {"gq_model_read_layer", call_model_read_layer,
          {BUFFER(HANDLE, model, 0), {INDEX, "index", 0, (size_t)layers}, {INPUT, "parts", GQ_ADDR(&nothing), 0}}},
+        {"gq_model_read_all", call_model_read_all,
+         {BUFFER(HANDLE, model, 0), {INPUT, "tensors", GQ_ADDR(no_tensors), 0}, {COUNT, "tensor_count", (uint64_t)tensors, 0},
+          {INPUT, "layers", GQ_ADDR(no_layers), 0}, {COUNT, "layer_count", (uint64_t)layers, 0}}},
         {"gq_model_state", call_model_state,
          {BUFFER(HANDLE, model, 0), {INDEX, "index", 0, (size_t)layers}, {OUT, "state", GQ_ADDR(&new_state), sizeof(void *)}}},
         {"gq_model_dequantize", call_model_dequantize,
@@ -448,11 +506,14 @@ int main(int argc, char **argv) {
     try_shapes();
     try_parts();
     try_exec();
+    try_thresholds();
     try_nothing();
 
     OK(gq_state_free(state));
     OK(gq_free_model(model));
     OK(gq_job_free(job));
+    free(no_tensors);
+    free(no_layers);
     free(stored);
     free(decoded);
     return check_result();

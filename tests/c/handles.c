@@ -45,6 +45,7 @@ static void no_model(gq_model *model) {
     STATUS(gq_model_state(model, 0, &state), GQ_ERROR_INVALID_HANDLE);
     CHECK(state == NULL, "state %p after a failure", (void *)state);
     STATUS(gq_model_read(model, 0, 0, GQ_ADDR(out), 1, NULL), GQ_ERROR_INVALID_HANDLE);
+    STATUS(gq_model_read_all(model, NULL, 0, NULL, 0, NULL), GQ_ERROR_INVALID_HANDLE);
     STATUS(gq_model_dequantize(model, 0, 0, 1, GQ_ADDR(out), sizeof out, GQ_F32, NULL), GQ_ERROR_INVALID_HANDLE);
     STATUS(gq_free_model(model), GQ_ERROR_INVALID_HANDLE);
     SAYS("model");

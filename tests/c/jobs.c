@@ -122,14 +122,27 @@ static void wrong_requests(void) {
     ENDS(gq_verify(request("{\"source\": \"%s\"}", broken, ""), &job_), GQ_ERROR_FAILED);
     CHECK(strstr(result_text, "broken.safetensors"), "the result is \"%s\"", result_text);
 
+    /* A device that is not there; the CPU always is. */
+    int32_t devices = 0;
+    char device[8192];
+    OK(gq_device_count(&devices));
+    snprintf(device, sizeof device, "{\"source\": \"%s\", \"output\": \"%s\", \"device\": \"cuda:%d\"}", source, in("device.safetensors"), (int)devices);
+    gq_job *job = NULL;
+    gq_status status = gq_convert(device, &job);
+    if (status == GQ_OK) status = ended(job);
+    CHECK(status == (devices ? GQ_ERROR_NOT_FOUND : GQ_ERROR_UNSUPPORTED), "%s: %s; %s", device, gq_status_name(status), gq_last_error());
+    CHECK(access(in("device.safetensors"), F_OK) != 0, "a file was made");
+    ENDS(gq_convert(request("{\"source\": \"%s\", \"output\": \"%s\", \"device\": \"cpu\"}", source, in("device.safetensors")), &job_), GQ_OK);
+
     /* Values that no option has are found before anything runs, or by the job. */
     static const char *const bad[] = {
         "{\"source\": \"%s\", \"mode\": \"nf5\"}", "{\"source\": \"%s\", \"block_size\": 63}", "{\"source\": \"%s\", \"threads\": -1}",
         "{\"source\": \"%s\", \"quant_storage\": \"u4\"}", "{\"source\": \"%s\", \"exclude\": [\"[\"]}", "{\"source\": \"%s\", \"max_shard_size\": -1}",
+        "{\"source\": \"%s\", \"device\": \"gpu\"}", "{\"source\": \"%s\", \"device\": \"cuda:-1\"}", "{\"source\": \"%s\", \"device\": 0}",
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
-        gq_job *job = NULL;
-        gq_status status = gq_convert(request(bad[i], source, ""), &job);
+        job = NULL;
+        status = gq_convert(request(bad[i], source, ""), &job);
         if (status == GQ_OK) status = ended(job);
         CHECK(status == GQ_ERROR_INVALID_ARGUMENT, "%s: %s", bad[i], gq_status_name(status));
     }

@@ -9,7 +9,7 @@ int main(void) {
 
     const char *info = gq_build_info();
     CHECK(info[0] == '{' && info[strlen(info) - 1] == '}', "build info %s", info);
-    CHECK(strstr(info, "\"version\"") && strstr(info, "\"go\"") && strstr(info, "\"cpu\""), "build info %s", info);
+    CHECK(strstr(info, "\"version\"") && strstr(info, "\"go\"") && strstr(info, "\"cpu\"") && strstr(info, "\"cuda\""), "build info %s", info);
     CHECK(info == gq_build_info(), "the text moved");
 
     static const char *const names[] = {

@@ -58,6 +58,13 @@ static void one_file(void) {
               info.bytes == 24, "another tensor");
     CHECK(strcmp(info.file, in("one.safetensors")) == 0, "file %s", info.file);
     CHECK(info.file_offset == 8 + strlen(header) + 4, "file offset %d", (int)info.file_offset);
+    CHECK(info.address == 0, "an address %#llx on the host", (unsigned long long)info.address);
+    /* A caller that does not know addresses yet. */
+    gq_tensor_info shorter;
+    memset(&shorter, 0xa5, sizeof shorter);
+    shorter.struct_size = (uint32_t)offsetof(gq_tensor_info, address);
+    OK(gq_model_tensor(model, index, &shorter));
+    CHECK(strcmp(shorter.name, "unet.norm") == 0 && shorter.address == 0xa5a5a5a5a5a5a5a5, "the address of a shorter struct is %#llx", (unsigned long long)shorter.address);
     float values[6] = {0};
     OK(gq_model_read(model, index, 0, GQ_ADDR(values), sizeof values, NULL));
     CHECK(memcmp(values, data.plain, sizeof values) == 0, "other values");
@@ -112,9 +119,44 @@ static void one_file(void) {
     STATUS(gq_load_model(in("one.safetensors"), &options, &model), GQ_ERROR_INVALID_ARGUMENT);
     SAYS("include");
     CHECK(model == NULL, "a model after a failure");
-    options.include = NULL;
-    options.device = 0;
-    STATUS(gq_load_model(in("one.safetensors"), &options, &model), GQ_ERROR_UNSUPPORTED);
+}
+
+/* Everything in one call: what the calls for one tensor and one layer give, and nothing where the address is 0. */
+static void read_all(gq_model *model) {
+    float plain[2][6], absmax[2][1];
+    unsigned char packed[2][8];
+    gq_buffer tensors[2];
+    gq_parts layers[2];
+    for (int skip = 0; skip < 3; skip++) {
+        memset(plain, 0xa5, sizeof plain);
+        memset(absmax, 0xa5, sizeof absmax);
+        memset(packed, 0xa5, sizeof packed);
+        for (int64_t i = 0; i < 2; i++) {
+            gq_layer_info layer = GQ_LAYER_INFO_INIT;
+            OK(gq_model_layer(model, i, &layer));
+            tensors[i] = (gq_buffer){skip == 1 ? 0 : GQ_ADDR(plain[i]), skip == 1 ? 5 : sizeof plain[i]};
+            layers[i] = layer.sizes;
+            if (skip != 2) layers[i].packed = GQ_ADDR(packed[i]);
+            layers[i].absmax = GQ_ADDR(absmax[i]);
+        }
+        OK(gq_model_read_all(model, tensors, 2, layers, 2, NULL));
+        for (int i = 0; i < 2; i++) {
+            CHECK((memcmp(plain[i], data.plain, sizeof data.plain) == 0) == (skip != 1), "skip %d: tensor %d", skip, i);
+            CHECK((memcmp(packed[i], data.packed, sizeof data.packed) == 0) == (skip != 2), "skip %d: the codes of layer %d", skip, i);
+            CHECK(absmax[i][0] == data.absmax[0], "skip %d: absmax %d is %g", skip, i, absmax[i][0]);
+        }
+    }
+    layers[1].packed = GQ_ADDR(packed[1]);
+    layers[1].packed_bytes = 7;
+    STATUS(gq_model_read_all(model, tensors, 2, layers, 2, NULL), GQ_ERROR_INVALID_ARGUMENT);
+    SAYS("packed");
+    layers[1].packed_bytes = 8;
+    tensors[1].bytes++;
+    STATUS(gq_model_read_all(model, tensors, 2, layers, 2, NULL), GQ_ERROR_INVALID_ARGUMENT);
+    SAYS("tensors[1]");
+    tensors[1].bytes--;
+    STATUS(gq_model_read_all(model, tensors, 1, layers, 2, NULL), GQ_ERROR_INVALID_ARGUMENT);
+    STATUS(gq_model_read_all(model, tensors, 2, layers, 3, NULL), GQ_ERROR_INVALID_ARGUMENT);
 }
 
 /* Two files and an index; a folder that holds them. */
@@ -149,6 +191,7 @@ static void shards(void) {
         CHECK(memcmp(values, data.plain, sizeof values) == 0, "other values");
         OK(gq_model_find_layer(model, "first.a.weight", &index));
         OK(gq_model_dequantize(model, index, 0, 3, GQ_ADDR(whole), sizeof whole, GQ_F32, NULL));
+        read_all(model);
         OK(gq_free_model(model));
     }
 }
@@ -189,6 +232,9 @@ static void wrong_files(void) {
     OK(gq_model_find_tensor(model, "norm", &index));
     STATUS(gq_model_read(model, index, 0, GQ_ADDR(values), 24, NULL), GQ_ERROR_BAD_FILE);
     STATUS(gq_model_dequantize(model, 0, 0, 3, GQ_ADDR(values), sizeof values, GQ_F32, NULL), GQ_ERROR_BAD_FILE);
+    gq_buffer all = {GQ_ADDR(values), 24};
+    gq_parts none = GQ_PARTS_INIT;
+    STATUS(gq_model_read_all(model, &all, 1, &none, 1, NULL), GQ_ERROR_BAD_FILE);
     gq_state *state = (gq_state *)8;
     STATUS(gq_model_state(model, 0, &state), GQ_ERROR_BAD_FILE);
     CHECK(state == NULL, "a state after a failure");

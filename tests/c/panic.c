@@ -22,10 +22,13 @@ static void refused(void) {
     int32_t finished = 7, devices = 7;
     const char *json = "x";
     size_t length = 7;
+    uint64_t workspace = 7;
     STATUS(gq_quantize_nf4(GQ_ADDR(values), GQ_F32, 64, 64, GQ_ADDR(&absmax), 1, GQ_ADDR(packed), 32, NULL), GQ_ERROR_INTERNAL);
     SAYS("restart");
     CHECK(absmax == 7 && packed[0] == 0x5a, "buffers were written");
     STATUS(gq_device_count(&devices), GQ_ERROR_INTERNAL);
+    STATUS(gq_device_prepare(0), GQ_ERROR_INTERNAL);
+    STATUS(gq_quantize_workspace_size(GQ_FORMAT_NF4, &count, 1, NULL, 0, &workspace), GQ_ERROR_INTERNAL);
     STATUS(gq_state_create(&desc, &new_state), GQ_ERROR_INTERNAL);
     STATUS(gq_state_json(state, NULL, 0, &length), GQ_ERROR_INTERNAL);
     STATUS(gq_dequantize(state, GQ_ADDR(values), sizeof values, GQ_F32, NULL), GQ_ERROR_INTERNAL);
@@ -34,7 +37,7 @@ static void refused(void) {
     STATUS(gq_inspect("{}", &new_job), GQ_ERROR_INTERNAL);
     STATUS(gq_job_wait(job, -1, &finished), GQ_ERROR_INTERNAL);
     STATUS(gq_job_result(job, &json), GQ_ERROR_INTERNAL);
-    CHECK(!new_state && !new_model && !new_job && !count && !finished && !json && !length && !devices,
+    CHECK(!new_state && !new_model && !new_job && !count && !finished && !json && !length && !devices && !workspace,
           "out-parameters are not 0: %p %p %p %d %d %p %d %d", (void *)new_state, (void *)new_model, (void *)new_job, (int)count,
           (int)finished, (const void *)json, (int)length, (int)devices);
     /* What has no status answers. */

@@ -170,6 +170,29 @@ static void not_finite(void) {
     weight[3000] = kept[1];
 }
 
+/* Rows of LLM.int8: without a threshold they are what gq_quantize makes of a matrix; with one, outliers count for nothing. */
+static void int8_rows(void) {
+    static struct buffers b;
+    static signed char codes[N];
+    static unsigned char outliers[COLS];
+    float absmax[ROWS];
+    OK(gq_state_free(make(GQ_FORMAT_INT8, 0, &b)));
+    OK(gq_quantize_rows_int8(GQ_ADDR(weight), GQ_F32, ROWS, COLS, 0, GQ_ADDR(absmax), ROWS, GQ_ADDR(codes), N, 0, 0, NULL));
+    CHECK(memcmp(absmax, b.absmax, sizeof absmax) == 0 && memcmp(codes, b.packed, N) == 0, "gq_quantize and gq_quantize_rows_int8 differ");
+    const float kept = weight[5 * COLS + 7];
+    weight[5 * COLS + 7] = 100;
+    memset(outliers, 0x5a, sizeof outliers);
+    OK(gq_quantize_rows_int8(GQ_ADDR(weight), GQ_F32, ROWS, COLS, 6, GQ_ADDR(absmax), ROWS, GQ_ADDR(codes), N, GQ_ADDR(outliers), COLS, NULL));
+    for (int c = 0; c < COLS; c++) {
+        CHECK(outliers[c] == (c == 7), "column %d: outlier %d", c, outliers[c]);
+        for (int r = 0; r < ROWS; r++)
+            CHECK(c == 7 ? codes[r * COLS + c] == 0 : codes[r * COLS + c] == (signed char)b.packed[r * COLS + c] || r == 5, "row %d, column %d: code %d, without the outlier %d", r, c,
+                  codes[r * COLS + c], (signed char)b.packed[r * COLS + c]);
+    }
+    CHECK(absmax[5] < 1.001f, "an outlier counts for absmax: %g", absmax[5]);
+    weight[5 * COLS + 7] = kept;
+}
+
 /* Nibbles in both orders, even and odd counts, and back. */
 static void nibbles(void) {
     for (int64_t n = 1; n < 40; n++) {
@@ -199,6 +222,7 @@ int main(void) {
     every_format();
     json();
     not_finite();
+    int8_rows();
     nibbles();
     return check_result();
 }

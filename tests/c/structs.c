@@ -120,17 +120,31 @@ static void description(void) {
     OK(gq_state_free(state));
     desc.struct_size = sizeof desc;
     desc.reserved = 0;
-    STATUS(gq_state_create(&desc, &state), GQ_ERROR_UNSUPPORTED);
-    SAYS("device");
+    int32_t devices = 0;
+    OK(gq_device_count(&devices));
+    STATUS(gq_state_create(&desc, &state), devices ? GQ_ERROR_NOT_FOUND : GQ_ERROR_UNSUPPORTED);
     desc.device = GQ_CPU;
     desc.reserved = 77;
     STATUS(gq_state_create(&desc, &state), GQ_ERROR_INVALID_ARGUMENT);
     SAYS("reserved");
 }
 
+/* struct_size of a device's description is looked at before the device is. */
+static void device_info(void) {
+    static const uint32_t sizes[] = {0, 1, 4, UINT32_MAX};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        gq_device_info info;
+        memset(&info, 0xa5, sizeof info);
+        info.struct_size = sizes[i];
+        CHECK(gq_device_get_info(0, &info) != GQ_OK, "struct_size %u is accepted", (unsigned)sizes[i]);
+        for (size_t k = 4; k < sizeof info; k++) CHECK(((unsigned char *)&info)[k] == 0xa5, "struct_size %u: byte %d was written", (unsigned)sizes[i], (int)k);
+    }
+}
+
 int main(void) {
     options_in();
     info_out();
     description();
+    device_info();
     return check_result();
 }

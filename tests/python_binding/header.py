@@ -25,9 +25,11 @@ def _typedefs():
 
 
 def _spell(node):
-    """A type as text: what it is behind typedefs of numbers, such as "int32_t", "const char *", "gq_state **"."""
+    """A type as text: what it is behind typedefs of numbers, such as "int32_t", "const char *", "gq_state **", "char[256]"."""
     if isinstance(node, c_ast.PtrDecl):
         return _spell(node.type) + "*"
+    if isinstance(node, c_ast.ArrayDecl):
+        return f"{_spell(node.type)}[{node.dim.value}]"
     if isinstance(node, c_ast.TypeDecl):
         return _spell(node.type)
     if isinstance(node, c_ast.Struct):

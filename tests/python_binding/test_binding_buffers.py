@@ -37,7 +37,14 @@ class DLPack:
 
 
 class Cuda:
-    __cuda_array_interface__ = {"shape": (64,), "typestr": "<f4", "data": (4096, False), "version": 3}
+    """Has the two interfaces of an array on a device, and no memory."""
+
+    def __init__(self, device=1, **changes):
+        self.__cuda_array_interface__ = {"shape": (8, 16), "typestr": "<f4", "data": (4096, False), "version": 3} | changes
+        self._device = device
+
+    def __dlpack_device__(self):
+        return (2, self._device)
 
 
 def kinds():
@@ -128,6 +135,8 @@ def test_empty():
         assert len(state.packed) == len(state.absmax) == 0
         assert state.dequantize().shape == state.shape
         assert gquant.QuantState.from_bitsandbytes(state.to_bitsandbytes()).json() == state.json()
+        nested = gquant.quantize(source, dtype="float32", nested=True)
+        assert nested.nested and len(nested.nested_absmax) == 0 and nested.dequantize().shape == nested.shape
 
 
 NUMBERS = numpy.zeros((8, 16), "f4")
@@ -146,8 +155,7 @@ REFUSED = {
     "half an element": (lambda: gquant.quantize(bytes(3), dtype="float16"), gquant.InvalidArgumentError, "3 bytes"),
     "another shape": (lambda: gquant.quantize(NUMBERS, shape=(9, 16)), gquant.InvalidArgumentError, "needs 576"),
     "another dtype": (lambda: gquant.quantize(NUMBERS, dtype="float16"), gquant.InvalidArgumentError, "dtype float32; want float16"),
-    "CUDA": (lambda: gquant.quantize(Cuda()), gquant.UnsupportedError, "array is on a CUDA device"),
-    "DLPack on CUDA": (lambda: gquant.quantize(DLPack(NUMBERS, (2, 1))), gquant.UnsupportedError, "DLPack device 2:1"),
+    "DLPack elsewhere": (lambda: gquant.quantize(DLPack(NUMBERS, (8, 1))), gquant.UnsupportedError, "DLPack device 8:1"),
     "another torch device": (lambda: gquant.quantize(torch.zeros(64, device="meta")), gquant.UnsupportedError, "array is on device meta"),
     "no array": (lambda: gquant.quantize([1.0, 2.0]), TypeError, "array is list; want an array"),
     "no dimension": (lambda: gquant.quantize(numpy.float32(1)), gquant.InvalidArgumentError, "ndim is 0"),
@@ -160,12 +168,21 @@ REFUSED = {
     "out, size": (lambda: gquant.quantize(NUMBERS).dequantize(out=numpy.empty(127, "f4")), gquant.InvalidArgumentError, "out has 508 bytes; want 512"),
     "out, read-only": (lambda: gquant.quantize(NUMBERS).dequantize("float32", bytes(512)), gquant.InvalidArgumentError, "out is read-only"),
     "out, not contiguous": (lambda: gquant.quantize(NUMBERS).dequantize(out=numpy.empty((16, 8), "f4").T), gquant.InvalidArgumentError, "out is not contiguous"),
-    "out, CUDA": (lambda: gquant.quantize(NUMBERS).dequantize("float32", Cuda()), gquant.UnsupportedError, "out is on a CUDA device"),
+    "out, CUDA": (lambda: gquant.quantize(NUMBERS).dequantize("float32", Cuda()), gquant.InvalidArgumentError, "packed is on the host and out on CUDA device 1"),
+    "codebook, CUDA": (lambda: gquant.quantize_blockwise(NUMBERS, Cuda(shape=(256,))), gquant.InvalidArgumentError, "array is on the host and codebook on CUDA device 1"),
+    "CUDA, two devices": (lambda: gquant.quantize_blockwise(Cuda(), Cuda(2, shape=(256,))), gquant.InvalidArgumentError, "array is on CUDA device 1 and codebook on CUDA device 2"),
+    "CUDA, two streams": (lambda: gquant.quantize_blockwise(Cuda(stream=1), Cuda(stream=0x70, shape=(256,))), gquant.InvalidArgumentError, "array on 0x0, codebook on 0x70"),
+    "CUDA, not contiguous": (lambda: gquant.quantize(Cuda(strides=(4, 32))), gquant.InvalidArgumentError, "array is not contiguous"),
+    "CUDA, read-only": (lambda: gquant.quantize(NUMBERS).dequantize("float32", Cuda(data=(4096, True))), gquant.InvalidArgumentError, "out is read-only"),
+    "CUDA, float64": (lambda: gquant.quantize(Cuda(typestr="<f8")), gquant.InvalidArgumentError, "dtype float64"),
     "out, DLPack": (lambda: gquant.quantize(NUMBERS).dequantize("float32", DLPack(NUMBERS)), gquant.InvalidArgumentError, "out is read-only"),
     "dequantize to float64": (lambda: gquant.quantize(NUMBERS).dequantize("float64"), gquant.InvalidArgumentError, "dtype is float64"),
     "codes above 15": (lambda: gquant.pack_4bit(numpy.array([16], "u1")), gquant.InvalidArgumentError, "16"),
     "codes of int8": (lambda: gquant.pack_4bit(numpy.array([1], "i1")), gquant.InvalidArgumentError, "codes has dtype int8; want uint8"),
     "order": (lambda: gquant.pack_4bit(b"\1", "big"), gquant.InvalidArgumentError, "'big'"),
+    "rows of nothing": (lambda: gquant.quantize_rows_int8(numpy.array(1, "f4")), gquant.InvalidArgumentError, "array has no dimension"),
+    "threshold": (lambda: gquant.quantize_rows_int8(NUMBERS, -1.0), gquant.InvalidArgumentError, "threshold"),
+    "rows of float64": (lambda: gquant.quantize_rows_int8(numpy.zeros((8, 16))), gquant.InvalidArgumentError, "dtype float64"),
     "count": (lambda: gquant.unpack_4bit(b"\1", 3), gquant.InvalidArgumentError, "want 2"),
     "negative count": (lambda: gquant.unpack_4bit(b"", -1), gquant.InvalidArgumentError, "n is -1"),
     "short codebook": (lambda: gquant.quantize_blockwise(NUMBERS, numpy.zeros(16, "f4")), gquant.InvalidArgumentError, "codebook has 64 bytes"),
@@ -179,6 +196,12 @@ def test_refused(case):
     with pytest.raises(error) as caught:
         call()
     assert text in str(caught.value)
+
+
+def test_results_on_a_device_need_a_library(monkeypatch):
+    monkeypatch.setattr(_buffers, "_optional", lambda module: None)
+    with pytest.raises(gquant.UnsupportedError, match="results for a Cuda on a CUDA device are torch tensors"):
+        gquant.quantize(Cuda())
 
 
 def test_wrong_parts():
@@ -229,3 +252,30 @@ def test_int8_rows():
     state = gquant.quantize(numbers, "int8")
     assert state.absmax.shape == (16,) and state.blocksize == 64
     assert abs(state.dequantize() - numbers).max() < abs(numbers).max() / 127
+    codes, absmax, outliers = gquant.quantize_rows_int8(numbers)
+    assert codes.dtype == "i1" and codes.shape == (16, 64) and outliers is None
+    assert codes.tobytes() == state.packed.tobytes() and (absmax == state.absmax).all()
+    assert gquant.quantize_rows_int8(numbers.reshape(4, 4, 64))[0].tobytes() == codes.tobytes()
+
+
+def test_int8_outliers():
+    numbers = numpy.random.default_rng(0).standard_normal((16, 64)).astype("f2")
+    numbers[3, 5] = numbers[9, 40] = -7
+    for source in (numbers, numbers.astype("f4"), torch.from_numpy(numbers)):
+        codes, absmax, outliers = map(numpy.asarray, gquant.quantize_rows_int8(source, 6.0))
+        assert outliers.dtype == "u1" and numpy.flatnonzero(outliers).tolist() == [5, 40]
+        assert not codes[:, [5, 40]].any()
+        assert (absmax == numpy.where(abs(numbers) < 6, abs(numbers), 0).max(1)).all()
+        plain = gquant.quantize_rows_int8(numpy.delete(numbers, [5, 40], 1).copy())
+        assert (numpy.delete(codes, [5, 40], 1) == plain[0]).mean() > 0.9  # others where an outlier's column had the largest
+
+
+def test_offset_as_an_array():
+    state = gquant.quantize(numpy.array(VALUES * 64, "f4"), nested=True)
+    want, text = state.dequantize(), state.json()
+    for offset in (numpy.float32(state.offset), numpy.array([state.offset], "f4"), torch.tensor(state.offset)):
+        state.offset = offset
+        assert (state.dequantize() == want).all() and state.json() == text
+    state.offset = torch.tensor(0.0, dtype=torch.float64)
+    with pytest.raises(gquant.InvalidArgumentError, match="offset has dtype float64; want float32"):
+        state.dequantize()

@@ -68,3 +68,14 @@ def test_nested():
             state.absmax, state.nested_absmax = tensors[f"{m[1]}.absmax_u8"], tensors[f"{m[1]}.nested_absmax"]
             state.offset = tensors[f"{m[1]}.offset"].item()
             assert same(state.dequantize(), tensors[f"{m[1]}.dequant"])
+
+
+def test_int8_rows():
+    tensors = vectors("int8")
+    for name in tensors:
+        if m := re.fullmatch(r"(row\.(\d+\.\d+))\.input", name):
+            codes, absmax, outliers = gquant.quantize_rows_int8(tensors[name], float(m[2]))
+            assert same(codes, tensors[f"{m[1]}.codes"])
+            assert same(absmax, tensors[f"{m[1]}.stats"])
+            found = torch.empty(0, dtype=torch.int64) if outliers is None else outliers.nonzero().flatten()
+            assert same(found, tensors[f"{m[1]}.outlier_cols"])

@@ -27,6 +27,9 @@ def as_ctypes(spelled):
         return ctypes.c_void_p
     if spelled.endswith("*"):
         return ctypes.POINTER(as_ctypes(spelled[:-1]))
+    if spelled.endswith("]"):
+        element, _, count = spelled[:-1].partition("[")
+        return as_ctypes(element) * int(count)
     return NUMBERS.get(spelled) or getattr(_ffi, spelled)
 
 
@@ -102,3 +105,12 @@ def test_default_structs():
             assert made.struct_size == ctypes.sizeof(struct)
         if hasattr(made, "device"):
             assert made.device == _ffi.GQ_CPU
+
+
+def test_execution():
+    assert _ffi.execution() is None
+    made = _ffi.execution(3)
+    assert (made.device, made.threads, made.stream, made.workspace, made.workspace_bytes) == (_ffi.GQ_CPU, 3, 0, 0, 0)
+    made = _ffi.execution(2, 1, 0x70, 0x1000, 64)
+    assert (made.device, made.threads, made.stream, made.workspace, made.workspace_bytes) == (1, 2, 0x70, 0x1000, 64)
+    assert _ffi.execution(device=0).device == 0

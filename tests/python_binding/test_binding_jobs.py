@@ -91,6 +91,8 @@ def test_errors(source, tmp_path):
         lambda: gquant.convert(source, out, "nf5"): gquant.GquantError,
         lambda: gquant.convert(source, out, block_size=48): gquant.GquantError,
         lambda: gquant.convert(source, out, threads="all"): gquant.InvalidArgumentError,
+        lambda: gquant.convert(source, out, device="gpu"): gquant.InvalidArgumentError,
+        lambda: gquant.convert(source, out, device="cuda:99"): (gquant.UnsupportedError, gquant.NotFoundError),
         lambda: gquant.convert(source, tmp_path / "no" / "folder" / "out.safetensors"): OSError,
         lambda: gquant.dequantize_model(source, out, dtype="f64"): gquant.InvalidArgumentError,
         lambda: gquant.verify(tmp_path / "nowhere"): FileNotFoundError,

@@ -81,7 +81,7 @@ def test_library_of_an_older_interface(tmp_path):
     (tmp_path / "old.c").write_text("int gq_abi_version(void) { return 0; }")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "old.so", tmp_path / "old.c"], check=True)
     p = python("import gquant", check=False, GQUANT_LIBRARY=str(tmp_path / "old.so"))
-    assert "has version 0 of the C interface; this package needs 1" in p.stderr
+    assert "has version 0 of the C interface; this package needs 2" in p.stderr
 
 
 def test_forked_child():
@@ -104,6 +104,23 @@ print("ok")
 """
     path = support.ROOT / "tests" / "vectors" / "bitsandbytes" / "modules.safetensors"
     assert python(f"PATH = {str(path)!r}\n{code}", timeout=60) == "ok\n"
+
+
+def test_forked_child_with_torch():
+    """torch's decoding calls the library without the functions that the child replaced."""
+    code = """
+import os, torch, gquant.torch
+packed, state = gquant.torch.quantize_4bit(torch.ones(64, 64))
+out = gquant.torch.dequantize_4bit(packed, state)
+if os.fork() == 0:
+    try:
+        gquant.torch.dequantize_4bit(packed, state, out)
+    except gquant.ForkedError:
+        os._exit(0)
+    os._exit(1)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    assert python(code, timeout=60) == "0\n"
 
 
 def test_multiprocessing_with_spawn(tmp_path):

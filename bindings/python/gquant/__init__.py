@@ -18,6 +18,7 @@ from ._errors import (
     OutOfMemoryError,
     UnsupportedError,
 )
+from .device import Device, devices, prepare
 from .jobs import convert, dequantize_model, diff, inspect, verify
 from .model import Layer, Model, Tensor, open
 from .quant import (
@@ -27,6 +28,7 @@ from .quant import (
     pack_4bit,
     quantize,
     quantize_blockwise,
+    quantize_rows_int8,
     unpack_4bit,
 )
 
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BadFileError",
     "CancelledError",
+    "Device",
     "DeviceError",
     "FailedError",
     "ForkedError",
@@ -54,12 +57,15 @@ __all__ = [
     "convert",
     "dequantize_blockwise",
     "dequantize_model",
+    "devices",
     "diff",
     "inspect",
     "open",
     "pack_4bit",
+    "prepare",
     "quantize",
     "quantize_blockwise",
+    "quantize_rows_int8",
     "unpack_4bit",
     "verify",
 ]

@@ -1,8 +1,9 @@
 """Where the memory of other libraries' arrays is, without copying it, and new arrays for results.
 
 view() takes what has the buffer protocol (numpy, array.array, bytes, mmap, ctypes, …), torch tensors, and what has
-`__array_interface__` or DLPack. empty() makes a torch tensor for a caller who gave one, else a numpy array if numpy is
-installed, else a memoryview.
+`__array_interface__`, `__cuda_array_interface__` or DLPack. empty() makes a torch tensor for a caller who gave one; else on
+the host a numpy array if numpy is installed, else a memoryview; on a device an array of cupy if that is what the caller gave,
+else of torch.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Optional
 
 from . import _dtypes
 from ._errors import InvalidArgumentError, UnsupportedError
+from ._ffi import GQ_CPU
 
 
 class Buffer(NamedTuple):
@@ -24,32 +26,82 @@ class Buffer(NamedTuple):
     dtype: str  # if gquant has no name for it, what its own library calls it
     shape: tuple[int, ...]
     owner: object  # keeps the memory where it is, as long as it is referenced
+    name: str  # what errors call it
+    device: int = GQ_CPU  # or the ordinal of the CUDA device that holds it
+    stream: Optional[int] = None  # of the device: what is put on it finds the values there; None: every stream does
 
 
-def view(array: Any, name: str, writable: bool = False) -> Buffer:
-    """The memory of an array on the host, C-contiguous; name is what errors call it.
+class Place(NamedTuple):
+    """Where a call runs."""
 
-    TypeError: it is no array. InvalidArgumentError: it is not contiguous, not on the host, or read-only although
-    writable is asked for.
+    device: int
+    stream: int
+
+
+HOST = Place(GQ_CPU, 0)
+
+
+def view(array: Any, name: str, writable: bool = False, stream: Optional[int] = None) -> Buffer:
+    """The memory of an array on the host or a CUDA device, C-contiguous; name is what errors call it.
+
+    stream is where the caller will use it, None = where its library works. TypeError: it is no array. UnsupportedError: it
+    is on another kind of device. InvalidArgumentError: it is not contiguous, or read-only although writable is asked for.
     """
     if is_torch(array):
         return _of_torch(array, name)
     if hasattr(array, "__cuda_array_interface__"):
-        raise _elsewhere(name, "a CUDA device")
+        return _of_cuda_array_interface(array, name, writable)
     if (memory := _memoryview(array)) is not None:
         return _of_memory(memory, name, writable)
     if isinstance(getattr(array, "__array_interface__", None), dict):
-        return _of_array_interface(array, name, writable)
+        return _of_interface(array, array.__array_interface__, name, writable)
     if hasattr(array, "__dlpack__"):
-        return _of_dlpack(array, name, writable)
+        return _of_dlpack(array, name, writable, stream)
     raise TypeError(
         f"{name} is {type(array).__name__}; want an array: of numpy or torch, or with the buffer protocol, "
-        "__array_interface__ or DLPack"
+        "__array_interface__, __cuda_array_interface__ or DLPack"
     )
 
 
+def place(*buffers: Buffer, stream: Optional[int] = None) -> Place:
+    """Where a call with these arrays runs: on the device that holds them, on the stream, None = where their libraries work.
+
+    The host for none. InvalidArgumentError: they are on different devices, or their libraries work on different streams.
+    """
+    if not buffers:
+        return HOST
+    first = buffers[0]
+    for other in buffers[1:]:
+        if other.device != first.device:
+            raise InvalidArgumentError(
+                f"{first.name} is on {_name(first.device)} and {other.name} on {_name(other.device)}; "
+                "all arrays of a call must be on one device"
+            )
+    if first.device == GQ_CPU:
+        return HOST
+    if stream is None:
+        streams = {buffer.stream: buffer.name for buffer in buffers if buffer.stream is not None}
+        if len(streams) > 1:
+            wanted = ", ".join(f"{name} on {number:#x}" for number, name in streams.items())
+            raise InvalidArgumentError(f"the arrays are on different streams ({wanted}); say which one with stream")
+        stream = next(iter(streams), 0)
+    return Place(first.device, stream)
+
+
+def place_of(array: Any, stream: Optional[int] = None) -> Place:
+    """place() of an array that says where results go; the host for None and for all that is not on a device."""
+    if is_torch(array):
+        return Place(*_torch_place(array, "like", stream))
+    on_device = hasattr(array, "__cuda_array_interface__") or _dlpack_device(array) == _DL_CUDA
+    return place(view(array, "like", stream=stream), stream=stream) if on_device else HOST
+
+
+def _name(device: int) -> str:
+    return "the host" if device == GQ_CPU else f"CUDA device {device}"
+
+
 def _elsewhere(name: str, device: str) -> UnsupportedError:
-    return UnsupportedError(f"{name} is on {device}; this build of gquant computes on the CPU: move it there first")
+    return UnsupportedError(f"{name} is on {device}; gquant computes on the CPU and on CUDA devices: move it there first")
 
 
 def _not_contiguous(name: str) -> InvalidArgumentError:
@@ -69,11 +121,29 @@ def is_torch(array: Any) -> bool:
 
 
 def _of_torch(tensor: Any, name: str) -> Buffer:
-    if tensor.device.type != "cpu":
-        raise _elsewhere(name, f"device {tensor.device}")
+    device, stream = _torch_place(tensor, name)
     if tensor.layout is not sys.modules["torch"].strided or not tensor.is_contiguous():
         raise _not_contiguous(name)
-    return Buffer(tensor.data_ptr(), tensor.nbytes, _torch_name(tensor.dtype), tensor.shape, tensor)
+    return Buffer(tensor.data_ptr(), tensor.nbytes, _torch_name(tensor.dtype), tensor.shape, tensor, name, device, stream)
+
+
+def _torch_place(tensor: Any, name: str, stream: Optional[int] = None) -> tuple[int, int]:
+    if tensor.is_cpu:
+        return HOST
+    if not tensor.is_cuda:
+        raise _elsewhere(name, f"device {tensor.device}")
+    device = tensor.get_device()
+    return device, current_stream(device) if stream is None else stream
+
+
+def current_stream(device: int) -> int:
+    """The stream that torch works on; 0, the legacy default stream, if torch does not use devices here."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    if hasattr(torch._C, "_cuda_getCurrentRawStream"):
+        return torch._C._cuda_getCurrentRawStream(device)
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 @functools.cache
@@ -132,18 +202,17 @@ def _of_memory(memory: memoryview, name: str, writable: bool) -> Buffer:
     _release_buffer(ctypes.byref(raw))  # the memoryview, which becomes the owner, has a claim of its own
     kind = _KINDS.get(memory.format.lstrip("@=<"))
     dtype = _dtype(kind, 8 * memory.itemsize) if kind else memory.format
-    return Buffer(address, memory.nbytes, dtype, tuple(memory.shape or ()), memory)
+    return Buffer(address, memory.nbytes, dtype, tuple(memory.shape or ()), memory, name)
 
 
 def _dtype(kind: str, bits: int) -> str:
     return kind if kind == "bool" else f"{kind}{bits}"
 
 
-# ---- __array_interface__
+# ---- __array_interface__ and __cuda_array_interface__
 
 
-def _of_array_interface(array: Any, name: str, writable: bool) -> Buffer:
-    interface = array.__array_interface__
+def _of_interface(array: Any, interface: dict[str, Any], name: str, writable: bool) -> Buffer:
     shape, typestr = tuple(interface["shape"]), interface["typestr"]
     itemsize = int(typestr[2:])
     address, read_only = interface["data"]
@@ -158,7 +227,37 @@ def _of_array_interface(array: Any, name: str, writable: bool) -> Buffer:
         dtype = _dtype(kind, 8 * itemsize)
     else:
         dtype = str(getattr(array, "dtype", typestr))  # ml_dtypes' types are "void", but their arrays know better
-    return Buffer(address, math.prod(shape) * itemsize, dtype, shape, array)
+    return Buffer(address, math.prod(shape) * itemsize, dtype, shape, array, name)
+
+
+_LEGACY_STREAM = 1  # a name of the legacy default stream, as 0 is
+
+_CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9
+
+
+def _of_cuda_array_interface(array: Any, name: str, writable: bool) -> Buffer:
+    interface = array.__cuda_array_interface__
+    buffer = _of_interface(array, interface, name, writable)
+    stream = interface.get("stream")
+    return buffer._replace(
+        device=array.__dlpack_device__()[1] if hasattr(array, "__dlpack_device__") else _ordinal(buffer),
+        stream=0 if stream == _LEGACY_STREAM else stream,
+    )
+
+
+def _ordinal(buffer: Buffer) -> int:
+    """The device that holds memory, which the interface does not say."""
+    if buffer.nbytes == 0:
+        return 0
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise UnsupportedError(f"{buffer.name} is on a CUDA device, but there is no driver for it here") from None
+    ordinal = ctypes.c_int()
+    address = ctypes.c_uint64(buffer.address)
+    if driver.cuPointerGetAttribute(ctypes.byref(ordinal), _CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address) != 0:
+        raise InvalidArgumentError(f"{buffer.name} is at {buffer.address:#x}, which is no memory of a CUDA device")
+    return ordinal.value
 
 
 def _strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -187,19 +286,30 @@ class _DLTensor(ctypes.Structure):
 
 
 _DL_CPU = 1
+_DL_CUDA = 2
 _DL_KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 _capsule_pointer.restype = ctypes.c_void_p
 
 
-def _of_dlpack(array: Any, name: str, writable: bool) -> Buffer:
+def _dlpack_device(array: Any) -> Optional[int]:
+    return array.__dlpack_device__()[0] if hasattr(array, "__dlpack_device__") else None
+
+
+def _of_dlpack(array: Any, name: str, writable: bool, stream: Optional[int]) -> Buffer:
     device_type, device_id = array.__dlpack_device__()
-    if device_type != _DL_CPU:
+    if device_type not in (_DL_CPU, _DL_CUDA):
         raise _elsewhere(name, f"DLPack device {int(device_type)}:{device_id}")
     if writable:  # a capsule of this version does not say whether it may be written to
         raise _read_only(name)
-    capsule = array.__dlpack__()
+    if device_type == _DL_CUDA:
+        device = device_id
+        stream = current_stream(device) if stream is None else stream
+        capsule = array.__dlpack__(stream=stream or _LEGACY_STREAM)
+    else:
+        device, stream = GQ_CPU, None
+        capsule = array.__dlpack__()
     tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
     shape = tuple(tensor.shape[: tensor.ndim])
     itemsize = (tensor.bits * tensor.lanes + 7) // 8
@@ -209,15 +319,18 @@ def _of_dlpack(array: Any, name: str, writable: bool) -> Buffer:
     kind = _DL_KINDS.get(tensor.code) if tensor.lanes == 1 else None
     dtype = _dtype(kind, tensor.bits) if kind else f"DLPack {tensor.code}:{tensor.bits}x{tensor.lanes}"
     # The capsule was not renamed: dropping it gives the memory back.
-    return Buffer((tensor.data or 0) + tensor.byte_offset, math.prod(shape) * itemsize, dtype, shape, capsule)
+    address = (tensor.data or 0) + tensor.byte_offset
+    return Buffer(address, math.prod(shape) * itemsize, dtype, shape, capsule, name, device, stream)
 
 
 # ---- what callers check
 
 
-def weights(array: Any, name: str, dtype: Any = None, shape: Optional[tuple[int, ...]] = None) -> Buffer:
+def weights(
+    array: Any, name: str, dtype: Any = None, shape: Optional[tuple[int, ...]] = None, stream: Optional[int] = None
+) -> Buffer:
     """view() of weights. dtype and shape, if given, say what the bytes are, for arrays that cannot."""
-    buffer = view(array, name)
+    buffer = view(array, name, stream=stream)
     if dtype is None:
         if buffer.dtype not in _dtypes.WEIGHTS:
             raise InvalidArgumentError(f"{name} has dtype {buffer.dtype}; want one of {', '.join(_dtypes.WEIGHTS)}")
@@ -233,7 +346,7 @@ def weights(array: Any, name: str, dtype: Any = None, shape: Optional[tuple[int,
         shape = buffer.shape if as_is else (buffer.nbytes // itemsize,)
     if math.prod(shape) * itemsize != buffer.nbytes:
         raise InvalidArgumentError(f"{name} has {buffer.nbytes} bytes; shape {tuple(shape)} of {kept} needs {math.prod(shape) * itemsize}")
-    return Buffer(buffer.address, buffer.nbytes, kept, tuple(shape), buffer.owner)
+    return buffer._replace(dtype=kept, shape=tuple(shape))
 
 
 def check_dtype(buffer: Buffer, name: str, dtype: str) -> None:
@@ -264,18 +377,72 @@ def _optional(module: str) -> Any:
         return None
 
 
-def empty(like: Any, dtype: str, shape: tuple[int, ...]) -> Any:
-    """A new array for results, of the library that like is of.
+def empty(like: Any, dtype: str, shape: tuple[int, ...], where: Place = HOST) -> Any:
+    """A new array for results, of the library that like is of, on the host or a device.
 
     A dtype that the library does not have is returned as its bits, in unsigned integers: bfloat16 in numpy without
-    ml_dtypes, both 16-bit types in a memoryview.
+    ml_dtypes, both 16-bit types in a memoryview. UnsupportedError: like is on a device, and of a library for which there is
+    no other here.
     """
+    if where.device != GQ_CPU:
+        library = _device_library(like)
+        with _on(library, where):
+            if library.__name__ == "torch":
+                return library.empty(shape, dtype=getattr(library, dtype), device=f"cuda:{where.device}")
+            return library.empty(shape, _numpy_dtype(_optional("numpy"), dtype))
     if is_torch(like):
         torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype))
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
     if numpy := _optional("numpy"):
         return numpy.empty(shape, _numpy_dtype(numpy, dtype))
     return _plain(dtype, shape)
+
+
+def floats(like: Any, values: Any, where: Place) -> Any:
+    """A new float32 array with a number or a list of numbers, of the library that like is of, on a device. Waits until every
+    stream can use it."""
+    library = _device_library(like)
+    if library.__name__ == "torch":
+        return library.tensor(values, dtype=library.float32, device=f"cuda:{where.device}")
+    with _on(library, where):
+        array = library.asarray(values, "float32")
+        library.cuda.get_current_stream().synchronize()
+    return array
+
+
+def to_host(array: Any, name: str) -> Any:
+    """A copy of an array that is on a device."""
+    if is_torch(array):
+        return array.cpu()
+    if hasattr(array, "get"):  # cupy's
+        return array.get()
+    raise UnsupportedError(f"{name} is on a CUDA device; copy it to the host first")
+
+
+def _device_library(like: Any) -> Any:
+    """What makes new arrays on a device: cupy or torch."""
+    if type(like).__module__.partition(".")[0] == "cupy":
+        return sys.modules["cupy"]
+    if is_torch(like):
+        return sys.modules["torch"]
+    torch = _optional("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch
+    raise UnsupportedError(f"results for a {type(like).__name__} on a CUDA device are torch tensors, and there is no torch with CUDA here")
+
+
+def _on(library: Any, where: Place) -> Any:
+    """A context in which cupy or torch gives memory that is free for use on the stream."""
+    if library.__name__ == "torch":
+        if where.stream == current_stream(where.device):
+            return contextlib.nullcontext()
+        if where.stream == 0:  # which ExternalStream would take for a wish for a new one
+            return library.cuda.stream(library.cuda.default_stream(where.device))
+        return library.cuda.stream(library.cuda.ExternalStream(where.stream, where.device))
+    stack = contextlib.ExitStack()
+    stack.enter_context(library.cuda.Device(where.device))
+    stack.enter_context(library.cuda.ExternalStream(where.stream, where.device))
+    return stack
 
 
 def _numpy_dtype(numpy: Any, dtype: str) -> Any:

@@ -6,14 +6,14 @@ status raise the fitting exception instead.
 
 import ctypes
 import os
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
 
 from ._errors import BY_STATUS, ForkedError, GquantError
 
-GQ_ABI_VERSION = 1
+GQ_ABI_VERSION = 2
 GQ_CPU = -1
 GQ_HIGH_NIBBLE_FIRST = 0
 GQ_LOW_NIBBLE_FIRST = 1
@@ -35,6 +35,10 @@ class _SizedOnDevice(_Sized):
         super().__init__(**{"device": GQ_CPU, **fields})
 
 
+class gq_buffer(ctypes.Structure):
+    _fields_ = [("address", c_uint64), ("bytes", c_uint64)]
+
+
 class gq_exec(_SizedOnDevice):
     _fields_ = [
         ("struct_size", c_uint32),
@@ -44,6 +48,19 @@ class gq_exec(_SizedOnDevice):
         ("workspace_bytes", c_uint64),
         ("threads", c_int32),
         ("reserved", c_uint32),
+    ]
+
+
+class gq_device_info(_Sized):
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("major", c_int32),
+        ("minor", c_int32),
+        ("multiprocessors", c_int32),
+        ("driver_version", c_int32),
+        ("reserved", c_uint32),
+        ("memory_bytes", c_uint64),
+        ("name", c_char * 256),
     ]
 
 
@@ -108,6 +125,7 @@ class gq_tensor_info(_Sized):
         ("bytes", c_uint64),
         ("file", c_char_p),
         ("file_offset", c_uint64),
+        ("address", c_uint64),
     ]
 
 
@@ -136,7 +154,9 @@ class gq_job_progress(_Sized):
 
 
 STRUCTS = (
+    gq_buffer,
     gq_exec,
+    gq_device_info,
     gq_format_info,
     gq_parts,
     gq_quantize_options,
@@ -161,6 +181,8 @@ FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gq_abi_version", c_int32, ()),
     ("gq_build_info", c_char_p, ()),
     ("gq_device_count", _status, (POINTER(c_int32),)),
+    ("gq_device_get_info", _status, (c_int32, POINTER(gq_device_info))),
+    ("gq_device_prepare", _status, (c_int32,)),
     ("gq_format_count", _status, (POINTER(c_int32),)),
     ("gq_format_get_info", _status, (c_int32, POINTER(gq_format_info))),
     ("gq_format_by_name", _status, (c_char_p, POINTER(c_int32))),
@@ -179,6 +201,24 @@ FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         _status,
         (_addr, c_int32, c_int64, c_int64, _addr, _addr, c_int64, _addr, c_size_t, POINTER(gq_exec)),
     ),
+    (
+        "gq_quantize_rows_int8",
+        _status,
+        (
+            _addr,
+            c_int32,
+            c_int64,
+            c_int64,
+            c_float,
+            _addr,
+            c_int64,
+            _addr,
+            c_size_t,
+            _addr,
+            c_size_t,
+            POINTER(gq_exec),
+        ),
+    ),
     ("gq_codebook", _status, (c_char_p, POINTER(c_float), c_int64)),
     ("gq_pack_4bit", _status, (_addr, c_int64, c_int32, _addr, c_size_t, POINTER(gq_exec))),
     ("gq_unpack_4bit", _status, (_addr, c_size_t, c_int32, _addr, c_int64, POINTER(gq_exec))),
@@ -186,6 +226,11 @@ FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         "gq_quantized_layout",
         _status,
         (c_int32, POINTER(c_int64), c_int32, POINTER(gq_quantize_options), POINTER(gq_parts)),
+    ),
+    (
+        "gq_quantize_workspace_size",
+        _status,
+        (c_int32, POINTER(c_int64), c_int32, POINTER(gq_quantize_options), c_int32, POINTER(c_uint64)),
     ),
     (
         "gq_quantize",
@@ -218,6 +263,11 @@ FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gq_model_layer", _status, (_handle, c_int64, POINTER(gq_layer_info))),
     ("gq_model_find_layer", _status, (_handle, c_char_p, POINTER(c_int64))),
     ("gq_model_read_layer", _status, (_handle, c_int64, POINTER(gq_parts), POINTER(gq_exec))),
+    (
+        "gq_model_read_all",
+        _status,
+        (_handle, POINTER(gq_buffer), c_int64, POINTER(gq_parts), c_int64, POINTER(gq_exec)),
+    ),
     ("gq_model_state", _status, (_handle, c_int64, POINTER(_handle))),
     (
         "gq_model_dequantize",
@@ -260,14 +310,18 @@ def _load() -> ctypes.CDLL:
     raise ImportError("libgquant.so cannot be loaded (GQUANT_LIBRARY can name another). Tried:\n" + "\n".join(tried))
 
 
+def error(status: int) -> GquantError:
+    """The exception for a status that this thread's last call returned."""
+    return BY_STATUS.get(status, GquantError)(lib.gq_last_error().decode(errors="replace"))
+
+
 def _check(status: int, function: Any, arguments: Any) -> None:
     """Turns a status into an exception. ctypes calls it after each function that returns one."""
     if status != 0:
-        raise BY_STATUS.get(status, GquantError)(lib.gq_last_error().decode(errors="replace"))
+        raise error(status)
 
 
-def _bind() -> SimpleNamespace:
-    library = _load()
+def _bind(library: ctypes.CDLL) -> SimpleNamespace:
     functions = SimpleNamespace()
     library.gq_abi_version.restype = c_int32
     abi = library.gq_abi_version()
@@ -282,7 +336,13 @@ def _bind() -> SimpleNamespace:
     return functions
 
 
-lib = _bind()
+_library = _load()
+lib = _bind(_library)
+
+
+def bare(name: str) -> Any:
+    """A function for calls in which microseconds count: takes ctypes objects only, of the right types, and returns the status."""
+    return _library[name]
 
 # ---- fork
 
@@ -316,6 +376,10 @@ def free(function: str, handle: int) -> None:
         getattr(lib, function)(handle)
 
 
-def execution(threads: int) -> Optional[gq_exec]:
-    """Where to run: the CPU with so many threads, 0 = all cores."""
-    return None if threads == 0 else gq_exec(threads=threads)
+def execution(
+    threads: int = 0, device: int = GQ_CPU, stream: int = 0, workspace: int = 0, workspace_bytes: int = 0
+) -> Optional[gq_exec]:
+    """Where to run: a device's stream, or the CPU with so many threads, 0 = all cores."""
+    if device == GQ_CPU and threads == 0:
+        return None
+    return gq_exec(device=device, stream=stream, workspace=workspace, workspace_bytes=workspace_bytes, threads=threads)

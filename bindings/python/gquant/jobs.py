@@ -37,6 +37,7 @@ def convert(
     resume: bool = False,
     force: bool = False,
     strict: bool = False,
+    device: str = "cpu",
     threads: int = 0,
     progress: Progress = True,
 ) -> Result:
@@ -45,7 +46,8 @@ def convert(
     output: "" = beside the source, with the mode in its name. mode: "nf4" or "fp4". block_size: weights per absmax.
     double_quant: quantize absmax too. quant_storage: dtype label of the codes. exclude, include: globs of tensors to leave, or
     to quantize whatever the default rule says. max_shard_size: bytes per file, 0 = one file. resume: continue an interrupted
-    run. force: replace output that is there. strict: fail on NaN and Inf. threads: 0 = all cores.
+    run. force: replace output that is there. strict: fail on NaN and Inf. device: what quantizes, "cpu" or a CUDA device such as
+    "cuda:0"; the bytes are the same. threads: 0 = all cores.
     """
     request = {
         "source": os.fsdecode(source),
@@ -61,6 +63,7 @@ def convert(
         "resume": resume,
         "force": force,
         "strict": strict,
+        "device": device,
         "threads": threads,
     }
     return _run("gq_convert", request, progress)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from . import _buffers, _dtypes, _ffi
-from ._errors import InvalidArgumentError, InvalidHandleError, NotFoundError
+from ._errors import InvalidArgumentError, InvalidHandleError, NotFoundError, UnsupportedError
 from ._ffi import lib
-from .quant import QuantState, empty_parts, fill_parts, format_name
+from .quant import QuantState, empty_parts, fill, filled, format_name, views
 
 Path = Union[str, os.PathLike[str]]
 Rows = Optional[tuple[int, int]]  # first, and behind the last; None = all
@@ -31,23 +31,29 @@ class Tensor:
     _handle: "_Handle" = field(repr=False)
     _index: int = field(repr=False)
 
-    def read(self, out: Any = None, *, rows: Rows = None, threads: int = 0) -> Any:
+    def read(self, out: Any = None, *, rows: Rows = None, threads: int = 0, stream: Optional[int] = None) -> Any:
         """The values, or those of rows first … last-1 of the first dimension.
 
         out takes them without a copy and is returned: an array of so many bytes, of the dtype or of its bits as unsigned
-        integers. By default it is a new one; a tensor whose elements are smaller than a byte comes as uint8 [bytes].
+        integers, on the host or a CUDA device. By default it is a new one; a tensor whose elements are smaller than a byte
+        comes as uint8 [bytes]. stream: on a device, whose work is done before the values are written.
         """
         first, last = _bounds(self, rows)
         row = self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
         offset, nbytes = (0, self.nbytes) if rows is None else (first * row, (last - first) * row)
-        dtype, shape = self.dtype, (last - first, *self.shape[1:]) if self.shape else ()
-        if _dtypes.bits(dtype) < 8:
-            dtype, shape = "uint8", (nbytes,)
+        shape: tuple[int, ...] = (last - first, *self.shape[1:]) if self.shape else ()
+        if self._read_as != self.dtype:
+            shape = (nbytes,)
         if out is None:
-            out = _buffers.empty(None, dtype, shape)
-        to = _buffers.output(out, "out", dtype, nbytes)
-        lib.gq_model_read(self._handle.value, self._index, offset, to.address, nbytes, _ffi.execution(threads))
+            out = _buffers.empty(None, self._read_as, shape)
+        to = _buffers.output(out, "out", self._read_as, nbytes)
+        execution = _ffi.execution(threads, *_buffers.place(to, stream=stream))
+        lib.gq_model_read(self._handle.value, self._index, offset, to.address, nbytes, execution)
         return out
+
+    @property
+    def _read_as(self) -> str:
+        return self.dtype if _dtypes.bits(self.dtype) >= 8 else "uint8"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +73,7 @@ class Layer:
     _sizes: _ffi.gq_parts = field(repr=False)
 
     def dequantize(self, dtype: Any = None, out: Any = None, *, rows: Rows = None, threads: int = 0) -> Any:
-        """Decodes the weight, or its rows first … last-1, straight from the file. See QuantState.dequantize."""
+        """Decodes the weight, or its rows first … last-1, straight from the file, on the host. See QuantState.dequantize."""
         first, last = _bounds(self, rows)
         if dtype is None and out is not None and (given := _buffers.view(out, "out").dtype) in _dtypes.WEIGHTS:
             dtype = given
@@ -76,6 +82,8 @@ class Layer:
         if out is None:
             out = _buffers.empty(None, dtype, shape)
         to = _buffers.output(out, "out", dtype, math.prod(shape) * _dtypes.bits(dtype) // 8)
+        if to.device != _ffi.GQ_CPU:
+            raise UnsupportedError("out is on a CUDA device: read(like=out) the layer there and dequantize that")
         lib.gq_model_dequantize(
             self._handle.value,
             self._index,
@@ -88,16 +96,14 @@ class Layer:
         )
         return out
 
-    def read(self, *, like: Any = None, threads: int = 0) -> QuantState:
-        """The layer's state, in new arrays: of torch if like is."""
-        arrays = empty_parts(like, self._sizes, self.nested)
+    def read(self, *, like: Any = None, threads: int = 0, stream: Optional[int] = None) -> QuantState:
+        """The layer's state, in new arrays: of like's library, where like is."""
+        where = _buffers.place_of(like, stream)
+        arrays = empty_parts(like, self._sizes, self.nested, where)
         parts = _ffi.gq_parts()
-        buffers = fill_parts(parts, arrays, self.nested)
-        lib.gq_model_read_layer(self._handle.value, self._index, parts, _ffi.execution(threads))
-        del buffers
-        if (offset := arrays.pop("offset", None)) is not None:
-            arrays["offset"] = offset.value
-        return QuantState(format=self.format, shape=self.shape, blocksize=self.blocksize, dtype=self.dtype, **arrays)
+        fill(parts, views(arrays, self.nested))
+        lib.gq_model_read_layer(self._handle.value, self._index, parts, _ffi.execution(threads, *where))
+        return QuantState(format=self.format, shape=self.shape, blocksize=self.blocksize, dtype=self.dtype, **filled(arrays))
 
 
 def _bounds(item: Union[Tensor, Layer], rows: Rows) -> tuple[int, int]:
@@ -176,11 +182,44 @@ class Model(Mapping[str, Union[Tensor, Layer]]):
             texts[str(key.value or b"", "utf-8")] = str(value.value or b"", "utf-8")
         return texts
 
-    def __getitem__(self, name: str) -> Union[Tensor, Layer]:
-        found = self.layers.get(name) or self.tensors.get(name)
+    def read_all(
+        self,
+        tensors: Mapping[str, Any],
+        layers: Mapping[str, Mapping[str, Any]],
+        *,
+        threads: int = 0,
+        stream: Optional[int] = None,
+    ) -> None:
+        """Reads many tensors and layers at once into arrays that are there, which is the fast way to a device.
+
+        tensors: by name, what takes the values: see Tensor.read. layers: by name, what takes the parts, by the names of
+        QuantState's fields, "packed" as any dtype, "offset" as float32 []; parts that are not there are not read. All arrays are
+        on the host, or all on one device. stream: on a device, whose work is done before memory is written.
+        """
+        buffers = []
+        memory = (_ffi.gq_buffer * len(self.tensors))()
+        for name, out in tensors.items():
+            tensor = self._find(self.tensors, name)
+            buffer = _buffers.output(out, name, tensor._read_as, tensor.nbytes)
+            memory[tensor._index] = (buffer.address, buffer.nbytes)
+            buffers.append(buffer)
+        parts = (_ffi.gq_parts * len(self.layers))()
+        for name, arrays in layers.items():
+            layer = self._find(self.layers, name)
+            found = views(arrays, layer.nested)
+            fill(parts[layer._index], found)
+            buffers.extend(found.values())
+        execution = _ffi.execution(threads, *_buffers.place(*buffers, stream=stream))
+        lib.gq_model_read_all(self._handle.value, memory, len(memory), parts, len(parts), execution)
+
+    def _find(self, items: Mapping[str, Any], name: str) -> Any:
+        found = items.get(name)
         if found is None:
             raise NotFoundError(f"the model {self.path} has no tensor or layer {name!r}")
         return found
+
+    def __getitem__(self, name: str) -> Union[Tensor, Layer]:
+        return self.layers.get(name) or self._find(self.tensors, name)
 
     def __iter__(self) -> Iterator[str]:
         yield from self.layers

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import quant
 from .._errors import GquantError, InvalidArgumentError
-from .functional import quantize_4bit
+from .functional import dequantize_4bit, quantize_4bit
 from .state import QuantState, arguments, codebook
 
 _BLOCKSIZE = 64  # of weights that are new, as in bitsandbytes' layer
@@ -69,7 +69,12 @@ class Linear4bit(nn.Module):
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return torch.ops.gquant.linear_4bit(x, bias, *arguments(self.weight, self.quant_state)).to(given)
+        learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if learns or torch.compiler.is_compiling():
+            y = torch.ops.gquant.linear_4bit(x, bias, *arguments(self.weight, self.quant_state))
+        else:  # the same, without the operator's own time
+            y = nn.functional.linear(x, dequantize_4bit(self.weight, self.quant_state).to(x.dtype), bias)
+        return y.to(given)
 
     def extra_repr(self) -> str:
         state = self.quant_state

@@ -1,12 +1,13 @@
 """Loading a whole model."""
 
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
+from .. import _buffers
 from .. import model as models
-from ..quant import NESTED_BLOCKSIZE
+from ..quant import NESTED_BLOCKSIZE, empty_parts
 from .state import QuantState, codebook
 
 
@@ -15,45 +16,64 @@ def load_4bit_model(
 ) -> dict[str, Tensor]:
     """The tensors of a model as a state dict that bitsandbytes' or gquant's layers load; nothing is decoded.
 
-    path: a .safetensors file, a shard index or a folder. prefix: only names that start with it, which is cut off. A 4-bit layer
-    "L.weight" has the keys "L.weight" (uint8) and "L.weight.absmax" …, an LLM.int8 layer "L.weight" (int8), "L.SCB" and
-    "L.weight_format", whatever the file calls them. Load it with assign=True to keep it from being copied.
+    path: a .safetensors file, a shard index or a folder. device: where the tensors are made; a CUDA device gets them straight
+    from the file. prefix: only names that start with it, which is cut off. A 4-bit layer "L.weight" has the keys "L.weight"
+    (uint8) and "L.weight.absmax" …, an LLM.int8 layer "L.weight" (int8), "L.SCB" and "L.weight_format", whatever the file calls
+    them. Load it with assign=True to keep it from being copied. Raises what open() does, and torch.OutOfMemoryError.
     """
-    tensors: dict[str, Tensor] = {}
+    device = torch.device(device)
+    like = torch.empty(0, device=device if device.type == "cuda" else "cpu")
+    where = _buffers.place_of(like)
     with models.open(path, prefix) as model:
-        for name, tensor in model.tensors.items():
-            tensors[name] = _read(tensor)
-        for name, layer in model.layers.items():
-            tensors |= _int8(name, layer) if layer.format == "int8" else _4bit(name, layer)
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+        tensors = {name: _empty(tensor, like) for name, tensor in model.tensors.items()}
+        parts = {name: empty_parts(like, layer._sizes, layer.nested, where) for name, layer in model.layers.items()}
+        offsets = torch.empty(len(parts), dtype=torch.float32, device=like.device)
+        for arrays, offset in zip(parts.values(), offsets.unbind()):
+            if "offset" in arrays:
+                arrays["offset"] = offset  # one tensor has them all, so that they can be fetched at once
+        model.read_all(tensors, parts)
+        texts: dict[str, Tensor] = {}
+        for (name, layer), offset in zip(model.layers.items(), offsets.cpu().unbind()):
+            if layer.format == "int8":
+                tensors |= _int8(name, layer, parts[name])
+            else:
+                state = _state(layer, parts[name], offset)
+                tensors[name] = parts[name]["packed"].reshape(-1, 1)
+                for key, part in state.as_dict(packed=True).items():
+                    (texts if part.device != like.device else tensors)[f"{name}.{key}"] = part
+    if texts:
+        packed = torch.cat(list(texts.values())).to(like.device)
+        tensors |= zip(texts, packed.split([len(text) for text in texts.values()]))
+    return tensors if device.type in ("cpu", "cuda") else {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def _read(tensor: models.Tensor) -> Tensor:
+def _empty(tensor: models.Tensor, like: Tensor) -> Tensor:
     dtype = getattr(torch, tensor.dtype, None)
     if dtype is None:  # smaller than a byte
-        return tensor.read(torch.empty(tensor.nbytes, dtype=torch.uint8))
-    return tensor.read(torch.empty(tensor.shape, dtype=dtype))
+        return torch.empty(tensor.nbytes, dtype=torch.uint8, device=like.device)
+    return torch.empty(tensor.shape, dtype=dtype, device=like.device)
 
 
-def _4bit(name: str, layer: models.Layer) -> dict[str, Tensor]:
-    read = layer.read(like=torch.empty(0))
+def _state(layer: models.Layer, parts: dict[str, Any], offset: Tensor) -> QuantState:
+    packed, code = parts["packed"], parts.get("codebook")
     state = QuantState(
-        absmax=read.absmax,
+        absmax=parts["absmax"],
         shape=torch.Size(layer.shape),
-        code=codebook(layer.format, "cpu") if read.codebook is None else read.codebook,
+        code=codebook(layer.format, packed.device) if code is None else code,
         blocksize=layer.blocksize,
         quant_type=layer.format,
         dtype=getattr(torch, layer.dtype),
     )
-    if read.nested:
-        state.offset = torch.tensor(read.offset, dtype=torch.float32)
-        state.state2 = QuantState(read.nested_absmax, code=read.nested_codebook, blocksize=NESTED_BLOCKSIZE)
-    parts = {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
-    return {name: read.packed.reshape(-1, 1)} | parts
+    if layer.nested:
+        state.offset = offset
+        state.state2 = QuantState(parts["nested_absmax"], code=parts["nested_codebook"], blocksize=NESTED_BLOCKSIZE)
+    return state
 
 
-def _int8(name: str, layer: models.Layer) -> dict[str, Tensor]:
-    read = layer.read(like=torch.empty(0))
-    module = name.removesuffix("weight")
-    codes = read.packed.view(torch.int8).reshape(layer.shape)
-    return {name: codes, f"{module}SCB": read.absmax, f"{module}weight_format": torch.zeros((), dtype=torch.uint8)}
+def _int8(name: str, layer: models.Layer, parts: dict[str, Any]) -> dict[str, Tensor]:
+    codes, module = parts["packed"], name.removesuffix("weight")
+    return {
+        name: codes.view(torch.int8).reshape(layer.shape),
+        f"{module}SCB": parts["absmax"],
+        f"{module}weight_format": torch.zeros((), dtype=torch.uint8, device=codes.device),
+    }

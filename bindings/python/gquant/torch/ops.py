@@ -1,6 +1,8 @@
-"""The operators torch.ops.gquant.*: what they are, what they do on the CPU, their shapes, and the gradient of linear_4bit.
+"""The operators torch.ops.gquant.*: what they are, what they do on the CPU and on CUDA, their shapes, and the gradient of
+linear_4bit.
 
-They take a quantized weight as its tensors and numbers, in this order:
+On CUDA they put work on the current stream and wait for nothing. They take a quantized weight as its tensors, which are all on
+one device, and numbers, in this order:
 
     packed         the codes, of any dtype: [bytes / itemsize, 1]
     absmax         float32 [blocks], or uint8 [blocks] when nested
@@ -14,12 +16,14 @@ They take a quantized weight as its tensors and numbers, in this order:
 import ctypes
 import functools
 import weakref
+from ctypes import c_int32, c_size_t, c_uint64
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from .. import _ffi, quant
+from .._buffers import current_stream
 from .._errors import InvalidArgumentError
 from .._ffi import lib
 
@@ -32,18 +36,30 @@ _library = torch.library.Library("gquant", "DEF")
 _compiles = (torch.Tag.pt2_compliant_tag,)
 
 
-# ---- quantize_4bit: the tensors of a weight; the last three are empty if compress_statistics is False
+def _kernel(name: str) -> Any:
+    """Registers what an operator does on the devices that gquant computes on."""
+
+    def register(function: Any) -> Any:
+        for key in ("CPU", "CUDA"):
+            torch.library.impl(_library, name, key)(function)
+        return function
+
+    return register
+
+
+# ---- quantize_4bit: the tensors of a weight and the values of its codes; nested_absmax, nested_code and offset are empty if
+# compress_statistics is False
 
 _library.define(
     "quantize_4bit(Tensor A, int blocksize, str quant_type, bool compress_statistics, ScalarType quant_storage) -> "
-    "(Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor nested_code, Tensor offset)",
+    "(Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor nested_code, Tensor offset, Tensor code)",
     tags=_compiles,
 )
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.impl(_library, "quantize_4bit", "CPU")
+@_kernel("quantize_4bit")
 def _quantize(A: Tensor, blocksize: int, quant_type: str, compress_statistics: bool, quant_storage: torch.dtype) -> Parts:
     if quant_type not in ("nf4", "fp4"):
         raise InvalidArgumentError(f'quant_type is {quant_type!r}; want "nf4" or "fp4"')
@@ -51,9 +67,10 @@ def _quantize(A: Tensor, blocksize: int, quant_type: str, compress_statistics: b
     if state.packed.numel() % quant_storage.itemsize:
         raise InvalidArgumentError(f"{state.packed.numel()} bytes of codes are no number of quant_storage {quant_storage}")
     packed = state.packed.view(quant_storage).reshape(-1, 1)
-    if compress_statistics:
-        return packed, state.absmax, state.nested_absmax, state.nested_codebook, torch.tensor(state.offset, dtype=torch.float32)
-    return packed, state.absmax, torch.empty(0), torch.empty(0), torch.empty(0)
+    if not compress_statistics:
+        return packed, state.absmax, *(A.new_empty(0, dtype=torch.float32) for _ in range(3)), state.codebook
+    offset = state.offset if A.is_cuda else torch.tensor(state.offset, dtype=torch.float32)
+    return packed, state.absmax, state.nested_absmax, state.nested_codebook, offset, state.codebook
 
 
 @torch.library.register_fake("gquant::quantize_4bit", lib=_library)
@@ -64,9 +81,9 @@ def _(A: Tensor, blocksize: int, quant_type: str, compress_statistics: bool, qua
     blocks = -(A.numel() // -blocksize)
     packed = A.new_empty(((A.numel() + 1) // 2 // quant_storage.itemsize, 1), dtype=quant_storage)
     if not compress_statistics:
-        return packed, floats(blocks), floats(0), floats(0), floats(0)
+        return packed, floats(blocks), floats(0), floats(0), floats(0), floats(16)
     absmax = A.new_empty((blocks,), dtype=torch.uint8)
-    return packed, absmax, floats(-(blocks // -quant.NESTED_BLOCKSIZE)), floats(256), floats()
+    return packed, absmax, floats(-(blocks // -quant.NESTED_BLOCKSIZE)), floats(256), floats(), floats(16)
 
 
 # ---- dequantize_4bit: the weight
@@ -95,7 +112,7 @@ def _state(
         absmax=absmax,
         nested_absmax=nested_absmax,
         nested_codebook=nested_code,
-        offset=None if offset is None else float(offset),
+        offset=None if offset is None else offset.detach().to(torch.float32),
     )
 
 
@@ -111,7 +128,7 @@ class _Borrowed:
 # A layer is decoded again and again, and describing it takes longer than the call. The key holds every address, size and number
 # that the description has, so a remembered one fits whatever tensors have these; it reads nothing between calls.
 @functools.lru_cache(maxsize=4096)
-def _borrowed(format: int, dtype: int, blocksize: int, shape: tuple[int, ...], *parts: tuple[int, int]) -> _Borrowed:
+def _borrowed(format: int, dtype: int, blocksize: int, device: int, shape: tuple[int, ...], *parts: int) -> _Borrowed:
     dims = (ctypes.c_int64 * len(shape))(*shape)
     desc = _ffi.gq_state_desc(
         format=format,
@@ -119,45 +136,86 @@ def _borrowed(format: int, dtype: int, blocksize: int, shape: tuple[int, ...], *
         ndim=len(shape),
         shape=ctypes.addressof(dims),
         blocksize=blocksize,
-        nested_blocksize=quant.NESTED_BLOCKSIZE if len(parts) > 2 else 0,
+        nested_blocksize=quant.NESTED_BLOCKSIZE if len(parts) > 4 else 0,
+        device=device,
     )
-    for name, (address, nbytes) in zip(("packed", "absmax", "nested_absmax", "nested_codebook", "offset"), parts):
+    names = ("packed", "absmax", "nested_absmax", "nested_codebook", "offset")
+    for name, address, nbytes in zip(names, parts[::2], parts[1::2]):
         setattr(desc.parts, name, address)
         setattr(desc.parts, name + "_bytes", nbytes)
     return _Borrowed(desc)
 
 
+@functools.lru_cache(maxsize=256)
+def _on(device: int, stream: int) -> Any:
+    """A reference to a gq_exec."""
+    return ctypes.byref(_ffi.gq_exec(device=device, stream=stream))
+
+
 _NUMBERS = {torch.float32: 18, torch.float16: 14, torch.bfloat16: 15}  # gq_dtype
+_ARGUMENTS = {dtype: c_int32(number) for dtype, number in _NUMBERS.items()}
 _FORMATS = {name: quant.format_number(name) for name in ("nf4", "fp4")}
-_F32 = torch.float32
+_F32, _U8 = torch.float32, torch.uint8
+_gq_dequantize = _ffi.bare("gq_dequantize")
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", current_stream)
 
 
 def decode(weight: tuple[Any, ...], out: Tensor) -> None:
     """Decodes a weight into out, without torch's dispatcher."""
     packed, absmax, nested_absmax, nested_code, offset, shape, dtype, blocksize, quant_type = weight
-    tensors: tuple[Tensor, ...]
+    device = packed.get_device()
+    usual = (
+        dtype in _NUMBERS
+        and quant_type in _FORMATS
+        and (packed.is_cuda or packed.is_cpu)
+        and out.dtype is dtype
+        and absmax.get_device() == out.get_device() == device
+        and out.is_contiguous()
+        and packed.is_contiguous()
+        and absmax.is_contiguous()
+    )
     if nested_absmax is None:
-        tensors, usual = (packed, absmax), absmax.dtype is _F32
+        usual = usual and absmax.dtype is _F32
+        parts = (packed.data_ptr(), packed.nbytes, absmax.data_ptr(), absmax.nbytes)
     else:
-        tensors = (packed, absmax, nested_absmax, nested_code, offset)
-        usual = absmax.dtype is torch.uint8 and nested_absmax.dtype is nested_code.dtype is offset.dtype is _F32
-    usual = usual and quant_type in _FORMATS and dtype in _NUMBERS
-    if not (usual and out.dtype is dtype and out.is_contiguous() and all(t.is_contiguous() for t in tensors)):
+        usual = (
+            usual
+            and absmax.dtype is _U8
+            and nested_absmax.dtype is nested_code.dtype is offset.dtype is _F32
+            and nested_absmax.get_device() == nested_code.get_device() == offset.get_device() == device
+            and nested_absmax.is_contiguous()
+            and nested_code.is_contiguous()
+        )
+        parts = (
+            packed.data_ptr(),
+            packed.nbytes,
+            absmax.data_ptr(),
+            absmax.nbytes,
+            nested_absmax.data_ptr(),
+            nested_absmax.nbytes,
+            nested_code.data_ptr(),
+            nested_code.nbytes,
+            offset.data_ptr(),
+            offset.nbytes,
+        )
+    if not usual:
         _state(*weight).dequantize(dtype, out)  # slower, and knows what is wrong
         return
-    parts = [(t.data_ptr(), t.nbytes) for t in tensors]
-    state = _borrowed(_FORMATS[quant_type], _NUMBERS[dtype], blocksize, tuple(shape), *parts)
-    lib.gq_dequantize(state.handle, out.data_ptr(), out.nbytes, _NUMBERS[dtype], None)
+    state = _borrowed(_FORMATS[quant_type], _NUMBERS[dtype], blocksize, device, tuple(shape), *parts)
+    execution = None if device < 0 else _on(device, _current_stream(device))
+    status = _gq_dequantize(state.handle, c_uint64(out.data_ptr()), c_size_t(out.nbytes), _ARGUMENTS[dtype], execution)
+    if status != 0:
+        raise _ffi.error(status)
 
 
-@torch.library.impl(_library, "dequantize_4bit", "CPU")
+@_kernel("dequantize_4bit")
 def _dequantize(*weight: Any) -> Tensor:
-    out = torch.empty(weight[5], dtype=weight[6])
+    out = torch.empty(weight[5], dtype=weight[6], device=weight[0].device)
     decode(weight, out)
     return out
 
 
-@torch.library.impl(_library, "dequantize_4bit.out", "CPU")
+@_kernel("dequantize_4bit.out")
 def _dequantize_out(*weight: Any, out: Tensor) -> None:
     decode(weight, out)
 
@@ -177,7 +235,7 @@ def _(*weight: Any, out: Tensor) -> None:
 _library.define(f"linear_4bit(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor", tags=_compiles)
 
 
-@torch.library.impl(_library, "linear_4bit", "CPU")
+@_kernel("linear_4bit")
 def _linear(x: Tensor, bias: Optional[Tensor], *weight: Any) -> Tensor:
     return torch.nn.functional.linear(x, _dequantize(*weight).to(x.dtype), bias)
 

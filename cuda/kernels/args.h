@@ -1,0 +1,68 @@
+// What the kernels take: one struct each, by value. C, Go (through cgo) and CUDA share this file. Addresses are device memory.
+#ifndef GQUANT_ARGS_H
+#define GQUANT_ARGS_H
+
+#include <stdint.h>
+
+// Elements src[0…n) in blocks, the first of which is block 0 of absmax and codes.
+struct gq_quantize_args {
+    uint64_t src, absmax, codes;
+    uint64_t table;  // 256 float32, for 8-bit codes
+    uint64_t offset; // one float32 that is subtracted from each element, or 0
+    int64_t n;
+    int32_t blocksize, log2; // 32 … 4096, and its logarithm
+};
+
+// The fast kernels take n = CTAs · CHUNKS · threads · LANE elements, with as many threads that threads · LANE is a multiple of blocksize.
+enum { GQ_QUANTIZE_LANE = 8, GQ_QUANTIZE_CHUNKS = 4 };
+
+// A quantized weight. Which fields a kernel reads depends on the format; nested_absmax is 0 unless nested.
+struct gq_weight {
+    uint64_t packed;
+    uint64_t absmax; // float32, or uint8 when nested
+    uint64_t nested_absmax, nested_codebook, offset;
+    uint64_t codebook;  // 256 float32, for blockwise 8-bit codes
+    int64_t blocksize;  // elements per absmax, in flat order
+    int32_t log2;       // of the blocksize, where it is a power of two
+    int32_t format;     // GQ_NF4, GQ_FP4
+};
+
+enum { GQ_NF4 = 1, GQ_FP4 = 2 }; // the numbers of gquant.h
+
+// The fast kernels make GQ_DEQUANTIZE_CHUNKS · 16 bytes per thread, of 256 threads.
+enum { GQ_DEQUANTIZE_CHUNKS = 4 };
+
+// Elements first … first+n of the weight become out[0…n).
+struct gq_dequantize_args {
+    struct gq_weight weight;
+    uint64_t out;
+    int64_t first, n;
+};
+
+// out[i] is the sum of in[i·GQ_SUM_SPAN … (i+1)·GQ_SUM_SPAN), added pairwise; divided by count if that is not 0.
+enum { GQ_SUM_SPAN = 4096 };
+struct gq_sum_args {
+    uint64_t in, out;
+    int64_t n, count;
+};
+
+struct gq_rows_args {
+    uint64_t src, absmax, codes;
+    uint64_t outliers; // a byte per column
+    int64_t rows, cols;
+    float threshold;
+};
+
+struct gq_pack_args {
+    uint64_t codes, packed;
+    int64_t n;
+    int32_t low_first;
+};
+
+// The number of NaN and infinite elements is added to *count, a uint64.
+struct gq_nonfinite_args {
+    uint64_t src, count;
+    int64_t n;
+};
+
+#endif
