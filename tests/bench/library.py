@@ -37,7 +37,7 @@ def call():
     """Seconds of a call that does nothing."""
     number = ctypes.c_int32()
     argument = ctypes.byref(number)
-    return median(20, lambda: [_ffi.lib.gq_device_count(argument) for _ in range(1000)]) / 1000
+    return median(20, lambda: [_ffi.lib.gq_format_count(argument) for _ in range(1000)]) / 1000
 
 
 def read(path, repeat):
