@@ -9,6 +9,10 @@ package kernel
 // #cgo nocallback gq_call_quantize8
 // #cgo noescape gq_call_dequantize8
 // #cgo nocallback gq_call_dequantize8
+// #cgo noescape gq_call_absmax
+// #cgo nocallback gq_call_absmax
+// #cgo noescape gq_call_linear4
+// #cgo nocallback gq_call_linear4
 //
 // #include "dispatch.h"
 import "C"
@@ -62,7 +66,7 @@ func Levels() []string {
 	return names
 }
 
-// Use switches all following calls to a level; the result does not change, only the speed.
+// Use switches all following calls to a level. That changes the speed and, of results, only how Linear4 rounds.
 func Use(name string) error {
 	for i := range levels {
 		if levels[i].name == name {
@@ -97,6 +101,39 @@ func Quantize8(table *[256]float32, src []byte, d dtype.DType, n, blocksize int,
 func Dequantize8(table *[256]float32, codes []byte, absmax []float32, n, blocksize int, dst []byte, d dtype.DType) {
 	check(n, blocksize, 8, dst, d, codes, absmax)
 	C.gq_call_dequantize8(current.Load().table, floatsOf(table[:]), number(d), bytesOf(codes), floatsOf(absmax), C.int64_t(n), C.int64_t(blocksize), bytesOf(dst))
+}
+
+// Absmax decodes nested statistics: absmax[i] = table[codes[i]] · nested[i/blocksize] + offset. The product is that of
+// Multiply, the sum is rounded once more.
+func Absmax(table *[256]float32, codes []byte, nested []float32, blocksize int, offset float32, absmax []float32) {
+	checkAbsmax(codes, nested, blocksize, absmax)
+	C.gq_call_absmax(current.Load().table, floatsOf(table[:]), bytesOf(codes), floatsOf(nested), C.int64_t(len(codes)), C.int64_t(blocksize), C.float(offset), floatsOf(absmax))
+}
+
+// Sizes of a call of Linear4 that callers who spread a layer over threads should choose: so many rows of the weight, or a
+// multiple, and so many rows of x.
+const (
+	Linear4Rows  = C.GQ_PANEL
+	Linear4Batch = C.GQ_BATCH
+)
+
+// Linear4Scratch is the number of floats of scratch memory that Linear4 needs for m rows of x with k elements each.
+func Linear4Scratch(m, k int) int { return int(C.gq_linear4_scratch(C.int64_t(m), C.int64_t(k))) }
+
+// Linear4 computes some columns of a linear layer. See Layer4 for what the sums are; on each level their additions have a
+// fixed order, the same for a row of x whatever the others are and whichever columns a call computes.
+func Linear4(l *Layer4, scratch []float32) {
+	block := l.check()
+	if got, want := len(scratch), Linear4Scratch(l.M, l.K); got < want {
+		panic(fmt.Sprintf("kernel: %d rows of %d elements need %d floats of scratch memory, there are %d", l.M, l.K, want, got))
+	}
+	if l.M == 0 || l.Rows == 0 {
+		return
+	}
+	start := block * l.Blocksize
+	C.gq_call_linear4(current.Load().table, C.int(l.Codebook), number(l.DType), bytesOf(l.Packed[start/2:]), floatsOf(l.Absmax),
+		C.int64_t(l.Blocksize), C.int64_t(l.First*l.K-start), C.int64_t(l.Rows), C.int64_t(l.K),
+		bytesOf(l.X), C.int64_t(l.M), bytesOf(l.Bias), bytesOf(l.Y), C.int64_t(l.Stride), floatsOf(scratch))
 }
 
 func number(d dtype.DType) C.int {

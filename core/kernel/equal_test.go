@@ -102,8 +102,10 @@ func same(t *testing.T, src []byte, d dtype.DType, blocksize int, codes []byte, 
 }
 
 var (
-	reference = kernels{Quantize4Ref, Dequantize4Ref, Quantize8Ref, Dequantize8Ref}
-	compiled  = kernels{Quantize4, Dequantize4, Quantize8, Dequantize8}
+	reference = kernels{Quantize4Ref, Dequantize4Ref, Quantize8Ref, Dequantize8Ref, AbsmaxRef, Linear4Ref}
+	compiled  = kernels{Quantize4, Dequantize4, Quantize8, Dequantize8, Absmax, func(l *Layer4) {
+		Linear4(l, make([]float32, Linear4Scratch(l.M, l.K)))
+	}}
 )
 
 // scales are absmax of all kinds, also such as no quantizer makes.

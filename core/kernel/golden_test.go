@@ -72,7 +72,7 @@ func raw(values []float32) []byte {
 // eachLevel runs the test on every level and on the Go reference.
 func eachLevel(t *testing.T, test func(t *testing.T, k kernels)) {
 	t.Run("reference", func(t *testing.T) {
-		test(t, kernels{Quantize4Ref, Dequantize4Ref, Quantize8Ref, Dequantize8Ref})
+		test(t, reference)
 	})
 	before := Level()
 	defer Use(before)
@@ -81,7 +81,7 @@ func eachLevel(t *testing.T, test func(t *testing.T, k kernels)) {
 			if err := Use(level); err != nil {
 				t.Fatal(err)
 			}
-			test(t, kernels{Quantize4, Dequantize4, Quantize8, Dequantize8})
+			test(t, compiled)
 		})
 	}
 }
@@ -91,6 +91,8 @@ type kernels struct {
 	dequantize4 func(cb Codebook, packed []byte, absmax []float32, n, blocksize int, dst []byte, d dtype.DType)
 	quantize8   func(table *[256]float32, src []byte, d dtype.DType, n, blocksize int, absmax []float32, codes []byte) int
 	dequantize8 func(table *[256]float32, codes []byte, absmax []float32, n, blocksize int, dst []byte, d dtype.DType)
+	absmax      func(table *[256]float32, codes []byte, nested []float32, blocksize int, offset float32, absmax []float32)
+	linear4     func(l *Layer4)
 }
 
 // same4 checks codes, scales and, where the file has them, values of one 4-bit tensor.

@@ -1,10 +1,11 @@
-// Package kernel holds the inner loops that turn weights into codes and codes into weights on the CPU.
+// Package kernel holds the inner loops that turn weights into codes and codes into weights on the CPU, and that multiply
+// with coded weights.
 //
 // Every function comes in several builds, called levels: plain C, AVX2, AVX-512. The best one that the
 // machine has is chosen at start-up (dispatch.go). Beside each stands a plain Go twin, named …Ref, which is the
 // definition: all levels give its bytes, for every input. The definition is what bitsandbytes' CUDA kernels do,
 // with their arithmetic: float32 where subnormal inputs and results count as zero, and an approximate
-// reciprocal (reciprocal.go).
+// reciprocal (reciprocal.go). Linear4 alone is defined up to the rounding of its sums (linear4.go).
 //
 // # Bytes
 //
@@ -67,5 +68,15 @@ func check(n, blocksize, bits int, values []byte, d dtype.DType, codes []byte, a
 	}
 	if len(absmax) < need {
 		panic(fmt.Sprintf("kernel: %d blocks need as many absmax, the buffer has %d", need, len(absmax)))
+	}
+}
+
+// checkAbsmax panics unless the buffers hold the nested statistics and their decoded absmax.
+func checkAbsmax(codes []byte, nested []float32, blocksize int, absmax []float32) {
+	if blocksize <= 0 {
+		panic(fmt.Sprintf("kernel: nested blocksize %d", blocksize))
+	}
+	if got, want := len(nested), (len(codes)+blocksize-1)/blocksize; got < want || len(absmax) < len(codes) {
+		panic(fmt.Sprintf("kernel: %d codes of absmax need %d nested absmax and as many results, the buffers have %d and %d", len(codes), want, got, len(absmax)))
 	}
 }

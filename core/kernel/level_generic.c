@@ -5,4 +5,5 @@ const struct gq_level gq_generic = {
     gq_dequantize4_generic,
     gq_quantize8_generic,
     gq_dequantize8_generic,
+    gq_linear4_generic,
 };

@@ -55,3 +55,11 @@ func Dequantize8Ref(table *[256]float32, codes []byte, absmax []float32, n, bloc
 		dtype.PutF32(dst[i*size:], d, scaled(table[codes[i]], absmax[i/blocksize]))
 	}
 }
+
+// AbsmaxRef defines Absmax.
+func AbsmaxRef(table *[256]float32, codes []byte, nested []float32, blocksize int, offset float32, absmax []float32) {
+	checkAbsmax(codes, nested, blocksize, absmax)
+	for i, code := range codes {
+		absmax[i] = scaled(table[code], nested[i/blocksize]) + offset
+	}
+}

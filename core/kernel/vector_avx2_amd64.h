@@ -41,13 +41,15 @@ LEVEL_INLINE __m256 load8(int dtype, const uint8_t *src, int64_t i) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(src + 2 * i)), 16));
 }
 
-// gq_scaled, eight times, in the mode of mode_amd64.h. Its NaN is such that narrow8 gives the type's NaN with all bits set: bfloat16 rounds by
-// an addition that all those bits would overflow.
-LEVEL_INLINE __m256 scaled8(int dtype, __m256 values, __m256 absmax) {
+// Every NaN becomes one such that narrow8 gives the type's NaN with all bits set: bfloat16 rounds by an addition that all
+// those bits would overflow.
+LEVEL_INLINE __m256 one_nan8(int dtype, __m256 x) {
     const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(dtype == GQ_BF16 ? 0x7fff0000 : 0x7fffffff));
-    const __m256 p = _mm256_mul_ps(values, absmax);
-    return _mm256_blendv_ps(p, nan, _mm256_cmp_ps(p, p, _CMP_UNORD_Q));
+    return _mm256_blendv_ps(x, nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
+
+// gq_scaled, eight times, in the mode of mode_amd64.h.
+LEVEL_INLINE __m256 scaled8(int dtype, __m256 values, __m256 absmax) { return one_nan8(dtype, _mm256_mul_ps(values, absmax)); }
 
 // Numbers rounded to F16 or BF16.
 LEVEL_INLINE __m128i narrow8(int dtype, __m256 x) {

@@ -41,13 +41,15 @@ LEVEL_INLINE __m512 load_floats(int dtype, const uint8_t *src, int64_t i) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(src + 2 * i)), 16));
 }
 
-// gq_scaled, sixteen times, in the mode of mode_amd64.h. Its NaN is such that narrow gives the type's NaN with all bits set: bfloat16 rounds by
-// an addition that all those bits would overflow.
-LEVEL_INLINE __m512 scaled(int dtype, __m512 values, __m512 absmax) {
+// Every NaN becomes one such that narrow gives the type's NaN with all bits set: bfloat16 rounds by an addition that all
+// those bits would overflow.
+LEVEL_INLINE __m512 one_nan(int dtype, __m512 x) {
     const __m512i nan = _mm512_set1_epi32(dtype == GQ_BF16 ? 0x7fff0000 : 0x7fffffff);
-    const __m512 p = _mm512_mul_ps(values, absmax);
-    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_castps_si512(p), _mm512_cmp_ps_mask(p, p, _CMP_UNORD_Q), nan));
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_castps_si512(x), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), nan));
 }
+
+// gq_scaled, sixteen times, in the mode of mode_amd64.h.
+LEVEL_INLINE __m512 scaled(int dtype, __m512 values, __m512 absmax) { return one_nan(dtype, _mm512_mul_ps(values, absmax)); }
 
 // Numbers rounded to F16 or BF16.
 LEVEL_INLINE __m256i narrow(int dtype, __m512 x) {

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/gquant/gquant/core/dtype"
+	"github.com/gquant/gquant/core/kernel"
 )
 
 // Format is one way to store numbers. Formats are compared by pointer.
@@ -24,6 +25,9 @@ type Format struct {
 	// Both work on whole blocks, on one thread. n is the number of elements.
 	quantize   func(src []byte, d dtype.DType, n, blocksize int, absmax []float32, codes []byte) (nonfinite int)
 	dequantize func(codes []byte, absmax []float32, n, blocksize int, dst []byte, d dtype.DType)
+
+	// linear computes some columns of a linear layer with a weight of this format, on one thread; nil if it cannot.
+	linear func(l *kernel.Layer4, scratch []float32)
 }
 
 var formats = []*Format{&nf4, &fp4, &int8Rows}

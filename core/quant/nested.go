@@ -73,10 +73,12 @@ func Mean(absmax []float32) float32 {
 
 // decode fills absmax with those of the blocks from block first on. The product is the GPU's; the sum is torch's.
 func (n *Nested) decode(absmax []float32, first int64) {
-	for i := range absmax {
-		b := first + int64(i)
-		absmax[i] = kernel.Multiply(n.Codebook[n.Codes[b]], n.Absmax[b/int64(n.Blocksize)]) + n.Offset
-	}
+	table, size := (*[256]float32)(n.Codebook), int64(n.Blocksize)
+	codes := n.Codes[first:][:len(absmax)]
+	// The rest of the nested block that first lies in, then whole ones.
+	head := min(int64(len(codes)), ceilDiv(first, size)*size-first)
+	kernel.Absmax(table, codes[:head], n.Absmax[first/size:], n.Blocksize, n.Offset, absmax)
+	kernel.Absmax(table, codes[head:], n.Absmax[ceilDiv(first, size):], n.Blocksize, n.Offset, absmax[head:])
 }
 
 func (n *Nested) check(blocks int64) error {

@@ -19,6 +19,10 @@ func format4(name string, cb kernel.Codebook) Format {
 		dequantize: func(codes []byte, absmax []float32, n, blocksize int, dst []byte, d dtype.DType) {
 			kernel.Dequantize4(cb, codes, absmax, n, blocksize, dst, d)
 		},
+		linear: func(l *kernel.Layer4, scratch []float32) {
+			l.Codebook = cb
+			kernel.Linear4(l, scratch)
+		},
 	}
 }
 
