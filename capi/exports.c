@@ -125,6 +125,10 @@ gq_status gq_dequantize_range(gq_state *state, int64_t first, int64_t count, gq_
     return gq_guard_forked ? refuse("gq_dequantize_range") : go_gq_dequantize_range(state, first, count, out, out_bytes, dtype, exec);
 }
 
+gq_status gq_linear(gq_state *state, gq_addr x, int64_t m, gq_dtype dtype, gq_addr bias, gq_addr y, const gq_exec *exec) {
+    return gq_guard_forked ? refuse("gq_linear") : go_gq_linear(state, x, m, dtype, bias, y, exec);
+}
+
 gq_status gq_load_model(const char *path, const gq_load_options *options, gq_model **model) {
     if (model) *model = NULL;
     return gq_guard_forked ? refuse("gq_load_model") : go_gq_load_model(path, options, model);

@@ -171,6 +171,14 @@ func go_gq_dequantize_range(handle *C.gq_state, first, n C.int64_t, out C.gq_add
 	})
 }
 
+// on checks that a function runs where the state's parts are.
+func (s *state) on(where *place) error {
+	if where.ordinal() != s.device {
+		return invalid("the parts of the state are on %s, but exec.device is %s", deviceName(s.device), deviceName(where.ordinal()))
+	}
+	return nil
+}
+
 // dequantizeState decodes n elements from first on; n = -1 stands for all.
 func dequantizeState(handle *C.gq_state, first, n int64, out C.gq_addr, outBytes C.size_t, d C.gq_dtype, exec *C.gq_const_exec) error {
 	s, done, err := states.use(stateNumber(handle))
@@ -182,8 +190,8 @@ func dequantizeState(handle *C.gq_state, first, n int64, out C.gq_addr, outBytes
 	if err != nil {
 		return err
 	}
-	if where.ordinal() != s.device {
-		return invalid("the parts of the state are on %s, but exec.device is %s", deviceName(s.device), deviceName(where.ordinal()))
+	if err := s.on(&where); err != nil {
+		return err
 	}
 	t, err := weightType("dtype", d)
 	if err != nil {

@@ -32,30 +32,15 @@ func (d *Device) Dequantize(s Stream, w *Weight, t dtype.DType, out uint64, firs
 	if err := d.Prepare(); err != nil {
 		return err
 	}
-	args := C.struct_gq_dequantize_args{out: C.uint64_t(out), first: C.int64_t(first), n: C.int64_t(n)}
-	c := &args.weight
-	c.packed, c.absmax, c.codebook = C.uint64_t(w.Packed), C.uint64_t(w.Absmax), C.uint64_t(w.Codebook)
-	c.blocksize, c.log2 = C.int64_t(w.Blocksize), C.int32_t(bits.TrailingZeros64(uint64(w.Blocksize)))
+	args := C.struct_gq_dequantize_args{weight: d.weight(w), out: C.uint64_t(out), first: C.int64_t(first), n: C.int64_t(n)}
 	fast, plain, codeBits := dequantize4, dequantize4Plain, int64(4)
 	switch {
 	case w.Format == nil:
 		fast, plain, codeBits = dequantize8, dequantize8Plain, 8
-		if w.Codebook == 0 {
-			c.codebook = C.uint64_t(d.address(dynamicMap))
-		}
 	case w.Format.Bits == 8:
 		return d.launch(s, dequantizeRows.of(t), strided(n), 1, threads, unsafe.Pointer(&args))
-	case w.Format.Name == "nf4":
-		c.format = C.GQ_NF4
-	default:
-		c.format = C.GQ_FP4
-	}
-	if w.Nested {
+	case w.Nested:
 		fast = dequantize4Nested
-		c.nested_absmax, c.nested_codebook, c.offset = C.uint64_t(w.NestedAbsmax), C.uint64_t(w.NestedCodebook), C.uint64_t(w.Offset)
-		if w.NestedCodebook == 0 {
-			c.nested_codebook = C.uint64_t(d.address(dynamicMap))
-		}
 	}
 
 	size := int64(t.Bits() / 8)
@@ -75,4 +60,29 @@ func (d *Device) Dequantize(s Stream, w *Weight, t dtype.DType, out uint64, firs
 	}
 	args.out, args.first, args.n = C.uint64_t(out+uint64(done*size)), C.int64_t(first+done), C.int64_t(n-done)
 	return d.launch(s, plain.of(t), strided(n-done), 1, threads, unsafe.Pointer(&args))
+}
+
+// weight is the kernels' form of a weight. The device is prepared.
+func (d *Device) weight(w *Weight) C.struct_gq_weight {
+	c := C.struct_gq_weight{
+		packed: C.uint64_t(w.Packed), absmax: C.uint64_t(w.Absmax), codebook: C.uint64_t(w.Codebook),
+		blocksize: C.int64_t(w.Blocksize), log2: C.int32_t(bits.TrailingZeros64(uint64(w.Blocksize))),
+	}
+	switch {
+	case w.Format == nil:
+		if w.Codebook == 0 {
+			c.codebook = C.uint64_t(d.address(dynamicMap))
+		}
+	case w.Format.Name == "nf4":
+		c.format = C.GQ_NF4
+	case w.Format.Name == "fp4":
+		c.format = C.GQ_FP4
+	}
+	if w.Nested {
+		c.nested_absmax, c.nested_codebook, c.offset = C.uint64_t(w.NestedAbsmax), C.uint64_t(w.NestedCodebook), C.uint64_t(w.Offset)
+		if w.NestedCodebook == 0 {
+			c.nested_codebook = C.uint64_t(d.address(dynamicMap))
+		}
+	}
+	return c
 }

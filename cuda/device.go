@@ -21,6 +21,8 @@ type Device struct {
 	Ordinal int
 	context C.gq_context
 
+	about C.struct_gq_cu_device // since it is prepared
+
 	preparing sync.Mutex
 	prepared  atomic.Bool
 	modules   map[string]unsafe.Pointer // by image, as far as loaded
@@ -121,9 +123,20 @@ func (d *Device) Prepare() error {
 	if d.prepared.Load() {
 		return nil
 	}
+	if err := failed(C.gq_cu_describe(C.int(d.Ordinal), &d.about), "asking CUDA device %d what it is", d.Ordinal); err != nil {
+		return err
+	}
 	for k, l := range kernels {
+		if l.name == "" || l.image == "linear" && !d.hasLinear() {
+			continue
+		}
 		if err := d.find(kernel(k), l); err != nil {
 			return err
+		}
+		if l.image == "linear" {
+			if err := failed(C.gq_cu_allow_shared(d.context, d.functions[k], d.about.shared_memory), "allowing kernel %s shared memory on CUDA device %d", l.name, d.Ordinal); err != nil {
+				return err
+			}
 		}
 	}
 	if err := d.makeTables(); err != nil {

@@ -4,6 +4,22 @@
 #include <pthread.h>
 #include <stddef.h>
 
+// CUlaunchConfig and CUlaunchAttribute.
+struct launch_attribute {
+    int id;
+    char padding[4];
+    union {
+        int enabled;
+        char bytes[64];
+    } value;
+};
+struct launch {
+    unsigned grid[3], block[3], shared;
+    gq_stream stream;
+    struct launch_attribute *attributes;
+    unsigned count;
+};
+
 // From the driver's documentation: the functions by the names that its library exports, and the numbers that they take.
 #define FUNCTIONS(F)                                                                                                                 \
     F(Init, cuInit, (unsigned))                                                                                                      \
@@ -21,6 +37,8 @@
     F(CtxPopCurrent, cuCtxPopCurrent_v2, (gq_context *))                                                                             \
     F(ModuleLoadData, cuModuleLoadData, (void **, const void *))                                                                     \
     F(ModuleGetFunction, cuModuleGetFunction, (gq_function *, void *, const char *))                                                 \
+    F(FuncSetAttribute, cuFuncSetAttribute, (gq_function, int, int))                                                                 \
+    F(LaunchKernelEx, cuLaunchKernelEx, (const struct launch *, gq_function, void **, void **))                                      \
     F(LaunchKernel, cuLaunchKernel,                                                                                                  \
       (gq_function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, gq_stream, void **, void **))              \
     F(MemAlloc, cuMemAlloc_v2, (uint64_t *, size_t))                                                                                 \
@@ -43,6 +61,9 @@
 
 enum {
     ATTRIBUTE_MULTIPROCESSORS = 16,
+    ATTRIBUTE_SHARED_MEMORY_OPTIN = 97,
+    FUNCTION_DYNAMIC_SHARED_MEMORY = 8,
+    LAUNCH_PROGRAMMATIC_SERIALIZATION = 6,
     ATTRIBUTE_MAJOR = 75,
     ATTRIBUTE_MINOR = 76,
     HOST_PORTABLE = 1,          // pinned for every context
@@ -116,6 +137,7 @@ int gq_cu_describe(int ordinal, struct gq_cu_device *d) {
     if (code == 0) code = cu.DeviceGetAttribute(&d->major, ATTRIBUTE_MAJOR, device);
     if (code == 0) code = cu.DeviceGetAttribute(&d->minor, ATTRIBUTE_MINOR, device);
     if (code == 0) code = cu.DeviceGetAttribute(&d->multiprocessors, ATTRIBUTE_MULTIPROCESSORS, device);
+    if (code == 0) code = cu.DeviceGetAttribute(&d->shared_memory, ATTRIBUTE_SHARED_MEMORY_OPTIN, device);
     if (code == 0) code = cu.DeviceTotalMem(&memory, device);
     d->memory = memory;
     return code;
@@ -163,6 +185,15 @@ int gq_cu_function(gq_context c, void *module, const char *name, gq_function *fu
 int gq_cu_launch(gq_context c, gq_function f, uint32_t x, uint32_t y, uint32_t threads, gq_stream stream, void *args) {
     void *parameters[] = {args};
     IN(c, LaunchKernel(f, x, y, 1, threads, 1, 1, 0, stream, parameters, NULL));
+}
+
+int gq_cu_allow_shared(gq_context c, gq_function f, int bytes) { IN(c, FuncSetAttribute(f, FUNCTION_DYNAMIC_SHARED_MEMORY, bytes)); }
+
+int gq_cu_launch_shared(gq_context c, gq_function f, uint32_t x, uint32_t threads, uint32_t shared, int early, gq_stream stream, void *args) {
+    void *parameters[] = {args};
+    struct launch_attribute serialization = {LAUNCH_PROGRAMMATIC_SERIALIZATION, {0}, {1}};
+    const struct launch launch = {{x, 1, 1}, {threads, 1, 1}, shared, stream, &serialization, early ? 1 : 0};
+    IN(c, LaunchKernelEx(&launch, f, parameters, NULL));
 }
 
 int gq_cu_alloc(gq_context c, uint64_t bytes, uint64_t *address) { IN(c, MemAlloc(address, bytes)); }

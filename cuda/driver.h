@@ -20,7 +20,7 @@ int gq_cu_init(int *version, int *devices);
 void gq_cu_error(int code, const char **name, const char **text);
 
 struct gq_cu_device {
-    int major, minor, multiprocessors;
+    int major, minor, multiprocessors, shared_memory; // the most that a CTA can ask for
     uint64_t memory;
     char name[256];
 };
@@ -30,6 +30,10 @@ int gq_cu_retain(int ordinal, gq_context *context); // the primary context
 int gq_cu_load(gq_context c, const void *image, void **module);
 int gq_cu_function(gq_context c, void *module, const char *name, gq_function *function);
 int gq_cu_launch(gq_context c, gq_function f, uint32_t x, uint32_t y, uint32_t threads, gq_stream stream, void *args);
+// With shared memory, of which the function must have been allowed that much; early: it may start before the kernel before it has
+// ended, and waits for that itself.
+int gq_cu_allow_shared(gq_context c, gq_function f, int bytes);
+int gq_cu_launch_shared(gq_context c, gq_function f, uint32_t x, uint32_t threads, uint32_t shared, int early, gq_stream stream, void *args);
 
 int gq_cu_alloc(gq_context c, uint64_t bytes, uint64_t *address);
 int gq_cu_free(gq_context c, uint64_t address);

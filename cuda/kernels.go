@@ -4,6 +4,7 @@ package cuda
 import "C"
 
 import (
+	"fmt"
 	"strings"
 	"unsafe"
 
@@ -29,6 +30,14 @@ const (
 	dequantizeRows
 	quantizeRows
 	nonfinite
+	linear1 // and for 2, 4 and 8 columns of 8 tokens
+	linear2
+	linear4
+	linear8
+	linear1Nested
+	linear2Nested
+	linear4Nested
+	linear8Nested
 	sum
 )
 
@@ -56,6 +65,14 @@ func listKernels() (list [kernelCount]location) {
 	} {
 		for i, d := range []string{"f32", "f16", "bf16"} {
 			list[k+kernel(i)] = location{l.image, strings.Replace(l.name, "*", d, 1)}
+		}
+	}
+	for i := range 4 {
+		// There is none for F32.
+		for d, name := range map[dtype.DType]string{dtype.F16: "f16", dtype.BF16: "bf16"} {
+			plain, nested := (linear1 + kernel(3*i)).of(d), (linear1Nested + kernel(3*i)).of(d)
+			list[plain] = location{"linear", fmt.Sprintf("gq_linear_%s_%d", name, 1<<i)}
+			list[nested] = location{"linear", fmt.Sprintf("gq_linear_%s_%d_nested", name, 1<<i)}
 		}
 	}
 	list[sum] = location{"statistics", "gq_sum"}

@@ -341,6 +341,16 @@ GQ_API gq_status gq_dequantize(gq_state *state, gq_addr out, size_t out_bytes, g
 GQ_API gq_status gq_dequantize_range(gq_state *state, int64_t first, int64_t count, gq_addr out, size_t out_bytes, gq_dtype dtype,
                                      const gq_exec *exec);
 
+/* The linear layer y = x · Wᵀ + bias with the 4-bit weight W [n, k] of a state, packed as it is: x is [m, k], bias [n] or 0, y [m, n], all
+ * contiguous, of one dtype. Sums are float32, in a fixed order; a weight is its value times absmax in float32, on a device with
+ * NF4's values rounded to dtype.
+ *
+ * CPU: GQ_F32, GQ_F16 or GQ_BF16, any m, k and blocksize.
+ * Device: GQ_F16 or GQ_BF16, m up to 64, blocksizes from 64 on, k a multiple of 128 and of the blocksize, x, the codes and absmax
+ * aligned to 16 bytes, Ampere or newer. Else UNSUPPORTED says why: decode with gq_dequantize and multiply with what you have.
+ * INVALID_ARGUMENT if the state has no 2 dimensions or is on another device than exec says. */
+GQ_API gq_status gq_linear(gq_state *state, gq_addr x, int64_t m, gq_dtype dtype, gq_addr bias, gq_addr y, const gq_exec *exec);
+
 /* ---- models ------------------------------------------------------------------------------------------------------------ */
 
 /* An opened safetensors model: a file, a shard index, or a folder. */

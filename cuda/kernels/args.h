@@ -39,6 +39,23 @@ struct gq_dequantize_args {
     int64_t first, n;
 };
 
+// y = x · Wᵀ + bias for few tokens: x is [m, k], W [n, k], bias [n] or 0, y [m, n], all but W of one dtype. k is a multiple of
+// GQ_LINEAR_STEP and of the blocksize, which is at least 64.
+enum {
+    GQ_LINEAR_ROWS = 32,      // of W in a tile
+    GQ_LINEAR_STEP = 128,     // elements of k in a slot of a warp's ring
+    GQ_LINEAR_ENTRY = 256,    // bytes of an entry of the table of pairs: 128 or 256
+    GQ_LINEAR_DEPTH = 3,      // slots of a ring, for up to 32 tokens
+    GQ_LINEAR_DEPTH_WIDE = 2, // for more
+    GQ_LINEAR_WARPS = 12,     // at most, for up to 16 tokens
+    GQ_LINEAR_WARPS_WIDE = 8, // for more
+};
+struct gq_linear_args {
+    struct gq_weight weight;
+    uint64_t x, bias, y;
+    int64_t m, n, k;
+};
+
 // out[i] is the sum of in[i·GQ_SUM_SPAN … (i+1)·GQ_SUM_SPAN), added pairwise; divided by count if that is not 0.
 enum { GQ_SUM_SPAN = 4096 };
 struct gq_sum_args {

@@ -76,6 +76,7 @@ CALL(state_get_desc, P(gq_state, 0), P(gq_state_desc, 1))
 CALL(state_json, P(gq_state, 0), P(char, 1), (size_t)a[2], P(size_t, 3))
 CALL(dequantize, P(gq_state, 0), a[1], (size_t)a[2], I32(3), NULL)
 CALL(dequantize_range, P(gq_state, 0), I64(1), I64(2), a[3], (size_t)a[4], I32(5), NULL)
+CALL(linear, P(gq_state, 0), a[1], I64(2), I32(3), a[4], a[5], NULL)
 CALL(load_model, P(const char, 0), NULL, P(gq_model *, 1))
 CALL(model_tensor_count, P(gq_model, 0), P(int64_t, 1))
 CALL(model_tensor, P(gq_model, 0), I64(1), P(gq_tensor_info, 2))
@@ -294,7 +295,7 @@ static void try_exec(void) {
 }
 
 /* Nothing is something: no elements need no buffers. */
-static void try_nothing(void) {
+static void try_nothing(gq_state *state) {
     OK(gq_quantize_nf4(0, GQ_F32, 0, BLOCKSIZE, 0, 0, 0, 0, NULL));
     OK(gq_quantize_fp4(0, GQ_F16, 0, BLOCKSIZE, 0, 0, 0, 0, NULL));
     OK(gq_quantize_blockwise(0, GQ_BF16, 0, BLOCKSIZE, 0, 0, 0, 0, 0, NULL));
@@ -302,6 +303,7 @@ static void try_nothing(void) {
     OK(gq_quantize_rows_int8(GQ_ADDR(weight), GQ_F32, ROWS, COLS, 6, GQ_ADDR(absmax), ROWS, GQ_ADDR(bytes), N, 0, 0, NULL));
     OK(gq_pack_4bit(0, 0, GQ_HIGH_NIBBLE_FIRST, 0, 0, NULL));
     OK(gq_unpack_4bit(0, 0, GQ_LOW_NIBBLE_FIRST, 0, 0, NULL));
+    OK(gq_linear(state, 0, 0, GQ_BF16, 0, 0, NULL));
 }
 
 /* Thresholds that are none. */
@@ -389,7 +391,7 @@ int main(int argc, char **argv) {
 #define BUFFER(kind, p, size) {kind, #p, GQ_ADDR(p), size}
 #define TEXT(p) {INPUT, #p, GQ_ADDR(p), 0}
     const char *name = nf4, *path = argv[1];
-    float *src = weight, *out = restored;
+    float *src = weight, *x = weight, *out = restored;
     unsigned char *codes = bytes;
     int32_t *count = &i32, *finished = &i32;
     gq_format_info *info = &format_info;
@@ -443,6 +445,9 @@ int main(int argc, char **argv) {
         {"gq_dequantize_range", call_dequantize_range,
          {{HANDLE, "state", GQ_ADDR(state), 0}, {OFFSET, "first", 17, 0}, {COUNT, "count", N - 17, 0},
           BUFFER(RESULT, out, sizeof restored - 68), {SIZE, "out_bytes", sizeof restored - 68, 0}, {DTYPE, "dtype", GQ_F32, 0}}},
+        {"gq_linear", call_linear,
+         {{HANDLE, "state", GQ_ADDR(state), 0}, BUFFER(INPUT, x, 0), {OFFSET, "m", 2, 0}, {DTYPE, "dtype", GQ_F32, 0},
+          {FIXED, "bias", GQ_ADDR(absmax), 0}, {RESULT, "y", GQ_ADDR(restored), 2 * ROWS * 4}}},
     };
     const struct function models[] = {
         {"gq_load_model", call_load_model, {TEXT(path), {OUT, "model", GQ_ADDR(&new_model), sizeof(void *)}}},
@@ -507,7 +512,7 @@ int main(int argc, char **argv) {
     try_parts();
     try_exec();
     try_thresholds();
-    try_nothing();
+    try_nothing(state);
 
     OK(gq_state_free(state));
     OK(gq_free_model(model));

@@ -527,6 +527,9 @@ __attribute__((destructor)) static void finish(void) {
 /* The prototypes that -Wmissing-prototypes would want are in no header here. */
 #pragma GCC diagnostic ignored "-Wmissing-prototypes"
 
+/* Bytes of shared memory that every launch may have, and that one may be allowed. */
+enum { SHARED = 49152, SHARED_OPTIN = 232448 };
+
 API cuInit(unsigned flags) {
     const CUresult fault = enter(__func__);
     if (fault || flags) return leave(fault ? fault : INVALID_VALUE);
@@ -581,7 +584,7 @@ API cuDeviceGetName(char *name, int length, CUdevice device) {
 API cuDeviceGetAttribute(int *value, int attribute, CUdevice device) {
     ENTER;
     if (device < 0 || device >= settings.devices) return leave(INVALID_DEVICE);
-    static const int values[][2] = {{1, 1024}, {8, 49152}, {10, 32}, {16, 132}, {38, 52428800}, {41, 1}, {81, 233472}, {97, 232448}};
+    static const int values[][2] = {{1, 1024}, {8, SHARED}, {10, 32}, {16, 132}, {38, 52428800}, {41, 1}, {81, 233472}, {97, SHARED_OPTIN}};
     *value = attribute == 75 ? settings.arch / 10 : attribute == 76 ? settings.arch % 10 : 0;
     for (size_t i = 0; i < sizeof values / sizeof *values; i++)
         if (values[i][0] == attribute) *value = values[i][1];
@@ -660,6 +663,7 @@ struct function {
     struct function *next;
     struct context *context;
     char name[100];
+    unsigned shared; /* dynamic shared memory that it may have */
 };
 
 struct module {
@@ -718,6 +722,7 @@ API cuModuleGetFunction(struct function **function, struct module *module, const
     if (!name || !*name) return leave(NOT_FOUND);
     struct function *f = calloc(1, sizeof *f);
     f->context = m->context;
+    f->shared = SHARED;
     snprintf(f->name, sizeof f->name, "%s", name);
     f->next = m->functions;
     m->functions = f;
@@ -750,9 +755,15 @@ static int is_function(const struct function *function, const char *caller) {
 
 API cuFuncSetAttribute(struct function *function, int attribute, int value) {
     ENTER;
-    (void)attribute;
-    (void)value;
-    return leave(is_function(function, __func__) ? SUCCESS : INVALID_HANDLE);
+    if (!is_function(function, __func__)) return leave(INVALID_HANDLE);
+    if (attribute == 8) { /* dynamic shared memory */
+        if (value < 0 || value > SHARED_OPTIN) {
+            misuse("%s: %d bytes of shared memory for %s", __func__, value, function->name);
+            return leave(INVALID_VALUE);
+        }
+        function->shared = (unsigned)value;
+    }
+    return leave(SUCCESS);
 }
 
 API cuFuncLoad(struct function *function) {
@@ -760,22 +771,61 @@ API cuFuncLoad(struct function *function) {
     return leave(is_function(function, __func__) ? SUCCESS : INVALID_HANDLE);
 }
 
+/* CUlaunchConfig and CUlaunchAttribute. */
+struct launch_attribute {
+    int id;
+    union {
+        int enabled;
+        uint64_t words[8];
+    } value;
+};
+
+struct launch {
+    unsigned grid[3], block[3], shared;
+    void *stream;
+    const struct launch_attribute *attributes;
+    unsigned count;
+};
+
+static CUresult launch(struct function *function, const struct launch *l, void **parameters, void **extra, const char *caller) {
+    struct stream *stream = find_stream(l->stream, caller);
+    if (!stream || !is_function(function, caller)) return INVALID_HANDLE;
+    if (function->context != stream->context) misuse("%s: %s is of device %d", caller, function->name, function->context->device);
+    const unsigned *g = l->grid, *b = l->block;
+    /* What no launch may be: empty, or larger than devices allow. */
+    if (!g[0] || !g[1] || !g[2] || !b[0] || !b[1] || !b[2] || g[0] > 0x7fffffff || g[1] > 65535 || g[2] > 65535 || (uint64_t)b[0] * b[1] * b[2] > 1024) {
+        misuse("%s: %s with a grid of %ux%ux%u and blocks of %ux%ux%u", caller, function->name, g[0], g[1], g[2], b[0], b[1], b[2]);
+        return INVALID_VALUE;
+    }
+    if (l->shared > function->shared) {
+        misuse("%s: %s with %u bytes of shared memory, allowed are %u", caller, function->name, l->shared, function->shared);
+        return INVALID_VALUE;
+    }
+    if (!parameters && !extra) misuse("%s: %s without parameters", caller, function->name);
+    launches++;
+    last_stream = (uint64_t)(uintptr_t)l->stream;
+    add_work(stream, MARK);
+    return added(stream);
+}
+
 API cuLaunchKernel(struct function *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void *handle, void **parameters, void **extra) {
     ENTER;
-    struct stream *stream = find_stream(handle, __func__);
-    if (!stream || !is_function(function, __func__)) return leave(INVALID_HANDLE);
-    if (function->context != stream->context) misuse("%s: %s is of device %d", __func__, function->name, function->context->device);
-    /* What no launch may be: empty, or larger than devices allow. */
-    if (!gx || !gy || !gz || !bx || !by || !bz || gx > 0x7fffffff || gy > 65535 || gz > 65535 || (uint64_t)bx * by * bz > 1024 || shared > 232448) {
-        misuse("%s: %s with a grid of %ux%ux%u, blocks of %ux%ux%u and %u bytes", __func__, function->name, gx, gy, gz, bx, by, bz, shared);
+    const struct launch l = {{gx, gy, gz}, {bx, by, bz}, shared, handle, NULL, 0};
+    return leave(launch(function, &l, parameters, extra, __func__));
+}
+
+API cuLaunchKernelEx(const struct launch *l, struct function *function, void **parameters, void **extra) {
+    ENTER;
+    if (l->count && !l->attributes) return leave(INVALID_VALUE);
+    for (unsigned i = 0; i < l->count; i++) {
+        /* Programmatic stream serialization, which devices have since Hopper, is the only one that is known here. */
+        const struct launch_attribute *a = &l->attributes[i];
+        if (a->id == 6 && (a->value.enabled == 0 || a->value.enabled == 1) && settings.arch >= 90) continue;
+        misuse("%s: attribute %d with the value %d on a device of architecture %d", __func__, a->id, a->value.enabled, settings.arch);
         return leave(INVALID_VALUE);
     }
-    if (!parameters && !extra) misuse("%s: %s without parameters", __func__, function->name);
-    launches++;
-    last_stream = (uint64_t)(uintptr_t)handle;
-    add_work(stream, MARK);
-    return leave(added(stream));
+    return leave(launch(function, l, parameters, extra, __func__));
 }
 
 API cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {

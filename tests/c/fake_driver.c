@@ -14,10 +14,11 @@ enum { N = 1024, BLOCKSIZE = 64, BLOCKS = N / BLOCKSIZE };
 static uint64_t buffer[6];
 
 /* The functions that put work on a stream. */
-enum { NF4, FP4, BLOCKWISE, ROWS, PACK, UNPACK, QUANTIZE, NESTED, DEQUANTIZE, RANGE, CALLS };
+enum { NF4, FP4, BLOCKWISE, ROWS, PACK, UNPACK, QUANTIZE, NESTED, DEQUANTIZE, RANGE, LINEAR, CALLS };
 static const char *const call_names[CALLS] = {"gq_quantize_nf4", "gq_quantize_fp4", "gq_quantize_blockwise", "gq_quantize_rows_int8", "gq_pack_4bit",
-                                              "gq_unpack_4bit",  "gq_quantize",     "gq_quantize",           "gq_dequantize",         "gq_dequantize_range"};
-static const int64_t shape[2] = {16, N / 16};
+                                              "gq_unpack_4bit",  "gq_quantize",     "gq_quantize",           "gq_dequantize",         "gq_dequantize_range",
+                                              "gq_linear"};
+static const int64_t shape[2] = {16, N / 16}, linear_shape[2] = {8, N / 8}; /* whose parts have the same sizes */
 
 static gq_parts parts_of(int nested) {
     gq_quantize_options options = GQ_QUANTIZE_OPTIONS_INIT;
@@ -34,13 +35,13 @@ static gq_parts parts_of(int nested) {
     return parts;
 }
 
-static gq_status make_state(int32_t device, int nested, gq_state **state) {
+static gq_status make_state(int32_t device, const int64_t *dims, int nested, gq_state **state) {
     gq_state_desc desc = GQ_STATE_DESC_INIT;
     desc.format = GQ_FORMAT_NF4;
     desc.dtype = GQ_F32;
     desc.blocksize = BLOCKSIZE;
     desc.nested_blocksize = nested ? 256 : 0;
-    desc.shape = GQ_ADDR(shape);
+    desc.shape = GQ_ADDR(dims);
     desc.ndim = 2;
     desc.parts = parts_of(nested);
     desc.device = device;
@@ -75,9 +76,11 @@ static gq_status run(int function, const gq_exec *exec) {
         if (exec && exec->device >= 0 && status == GQ_OK) CHECK(nonfinite == -1, "nonfinite is %d", (int)nonfinite);
         return status;
     default:
-        status = make_state(exec ? exec->device : GQ_CPU, 0, &state);
+        status = make_state(exec ? exec->device : GQ_CPU, function == LINEAR ? linear_shape : shape, 0, &state);
         if (status != GQ_OK) return status;
-        status = function == DEQUANTIZE ? gq_dequantize(state, buffer[0], N * 4, GQ_F32, exec) : gq_dequantize_range(state, 3, N - 5, buffer[0], (N - 5) * 4, GQ_F32, exec);
+        status = function == DEQUANTIZE ? gq_dequantize(state, buffer[0], N * 4, GQ_F32, exec)
+                 : function == RANGE    ? gq_dequantize_range(state, 3, N - 5, buffer[0], (N - 5) * 4, GQ_F32, exec)
+                                        : gq_linear(state, buffer[0], 3, GQ_BF16, buffer[3], buffer[4], exec);
         char message[1000];
         snprintf(message, sizeof message, "%s", gq_last_error());
         OK(gq_state_free(state));
@@ -113,7 +116,7 @@ static void refused(int32_t device, gq_status want, const char *const *texts) {
         CHECK(status == want, "%s: %s, want %s; %s", call_names[i], gq_status_name(status), gq_status_name(want), gq_last_error());
         says(call_names[i], texts);
     }
-    const gq_status made = make_state(device, 0, &state);
+    const gq_status made = make_state(device, shape, 0, &state);
     CHECK(made == want && state == NULL, "a state of a device that is not there: %s, %p", gq_status_name(made), (void *)state);
     says("gq_state_create", texts);
     char header[] = "{\"a\": {\"dtype\": \"U8\", \"shape\": [1], \"data_offsets\": [0, 1]}}";
@@ -348,8 +351,21 @@ static void on_a_stream(void) {
         if (context == 2) GPU(cuCtxPopCurrent_v2(NULL));
     }
 
+    /* Every kernel of a linear layer: one launch, with what it may have of shared memory. */
+    gq_state *layers[2];
+    for (int nested = 0; nested < 2; nested++) CHECK(make_state(0, linear_shape, nested, &layers[nested]) == GQ_OK, "%s", gq_last_error());
+    for (int64_t m = 1; m <= 64; m++) {
+        for (int kind = 0; kind < 4; kind++) {
+            fake_set("");
+            const gq_status status = gq_linear(layers[kind % 2], buffer[0], m, kind < 2 ? GQ_F16 : GQ_BF16, 0, buffer[4], &exec);
+            CHECK(status == GQ_OK && fake_count("launches") == 1 && fake_count("cuLaunchKernelEx") == 1, "m %d, kind %d: %s, %d launches", (int)m, kind,
+                  gq_status_name(status), (int)fake_count("launches"));
+        }
+    }
+
     /* Nothing to do is nothing to launch. */
     fake_set("");
+    OK(gq_linear(layers[0], 0, 0, GQ_F16, 0, 0, &exec));
     OK(gq_quantize_nf4(0, GQ_F32, 0, BLOCKSIZE, 0, 0, 0, 0, &exec));
     OK(gq_quantize_rows_int8(0, GQ_F32, 0, 0, 0, 0, 0, 0, 0, 0, 0, &exec));
     OK(gq_pack_4bit(0, 0, GQ_HIGH_NIBBLE_FIRST, 0, 0, &exec));
@@ -362,6 +378,16 @@ static void on_a_stream(void) {
     SAYS("absmax");
     STATUS(gq_quantize_rows_int8(buffer[0], GQ_F32, 16, N / 16, 6, buffer[2], 16, buffer[1], N, 0, 0, &exec), GQ_ERROR_INVALID_ARGUMENT);
     SAYS("outliers");
+    STATUS(gq_linear(layers[0], buffer[0], -1, GQ_F16, 0, buffer[4], &exec), GQ_ERROR_INVALID_ARGUMENT);
+    SAYS("m is -1");
+    STATUS(gq_linear(layers[0], 0, 1, GQ_F16, 0, buffer[4], &exec), GQ_ERROR_INVALID_ARGUMENT);
+    SAYS("x is NULL");
+    STATUS(gq_linear(layers[0], buffer[0], 65, GQ_F16, 0, buffer[4], &exec), GQ_ERROR_UNSUPPORTED);
+    SAYS("64 rows");
+    STATUS(gq_linear(layers[0], buffer[0], 1, GQ_F32, 0, buffer[4], &exec), GQ_ERROR_UNSUPPORTED);
+    SAYS("BF16");
+    CHECK(fake_count("launches") == 0, "something was launched");
+    for (int nested = 0; nested < 2; nested++) OK(gq_state_free(layers[nested]));
 
     /* The workspace of nested statistics. */
     gq_quantize_options options = GQ_QUANTIZE_OPTIONS_INIT;
@@ -399,7 +425,7 @@ static void on_a_stream(void) {
     other.device = 1;
     float memory[N];
     fake_set("");
-    CHECK(make_state(0, 0, &state) == GQ_OK, "%s", gq_last_error());
+    CHECK(make_state(0, shape, 0, &state) == GQ_OK, "%s", gq_last_error());
     gq_state_desc desc = GQ_STATE_DESC_INIT;
     OK(gq_state_get_desc(state, &desc));
     CHECK(desc.device == 0 && desc.parts.packed == buffer[1], "another description");
@@ -411,15 +437,19 @@ static void on_a_stream(void) {
     SAYS("device 1");
     STATUS(gq_dequantize_range(state, 0, 2, buffer[0], 8, GQ_F32, &other), GQ_ERROR_INVALID_ARGUMENT);
     SAYS("device 1");
+    STATUS(gq_linear(state, GQ_ADDR(memory), 1, GQ_F32, 0, GQ_ADDR(memory), NULL), GQ_ERROR_INVALID_ARGUMENT);
+    SAYS("CPU");
+    STATUS(gq_linear(state, buffer[0], 1, GQ_F16, 0, buffer[4], &other), GQ_ERROR_INVALID_ARGUMENT);
+    SAYS("device 1");
     OK(gq_state_free(state));
     size_t length = 7;
-    CHECK(make_state(0, 1, &state) == GQ_OK, "%s", gq_last_error());
+    CHECK(make_state(0, shape, 1, &state) == GQ_OK, "%s", gq_last_error());
     STATUS(gq_state_json(state, NULL, 0, &length), GQ_ERROR_UNSUPPORTED);
     SAYS("offset");
     CHECK(length == 0, "a length after a failure");
     OK(gq_state_free(state));
     for (int i = 0; i < 5; i++) buffer[i] += 1 << 20; /* never touched: only the places differ */
-    CHECK(make_state(GQ_CPU, 0, &state) == GQ_OK, "%s", gq_last_error());
+    CHECK(make_state(GQ_CPU, shape, 0, &state) == GQ_OK, "%s", gq_last_error());
     for (int i = 0; i < 5; i++) buffer[i] -= 1 << 20;
     STATUS(gq_dequantize(state, buffer[0], N * 4, GQ_F32, &exec), GQ_ERROR_INVALID_ARGUMENT);
     SAYS("device 0");
@@ -430,6 +460,28 @@ static void on_a_stream(void) {
     GPU(cuStreamSynchronize(stream));
     for (int i = 0; i < 6; i++) gpu_free(buffer[i]);
     GPU(cuStreamDestroy_v2(stream));
+    GPU(cuCtxPopCurrent_v2(NULL));
+    CHECK(fake_count("misuse") == 0, "misuse");
+}
+
+/* Devices before Hopper: Turing has no linear layer, and all else; the others launch it without the attribute that they do not know. */
+static void older(void) {
+    gq_device_info info = GQ_DEVICE_INFO_INIT;
+    fake_open();
+    gpu_start();
+    OK(gq_device_get_info(0, &info));
+    OK(gq_device_prepare(0));
+    fake_set("keep");
+    gq_exec exec = gpu_exec(NULL);
+    for (int i = 0; i < 6; i++) buffer[i] = gpu_alloc(N * 4);
+    CHECK(run(NF4, &exec) == GQ_OK, "%s", gq_last_error());
+    fake_set("");
+    const gq_status status = run(LINEAR, &exec);
+    CHECK(status == (info.major < 8 ? GQ_ERROR_UNSUPPORTED : GQ_OK), "%d.%d: %s", (int)info.major, (int)info.minor, gq_status_name(status));
+    if (status != GQ_OK) SAYS("Ampere");
+    CHECK(fake_count("launches") == (status == GQ_OK), "%d launches", (int)fake_count("launches"));
+    GPU(cuStreamSynchronize(NULL));
+    for (int i = 0; i < 6; i++) gpu_free(buffer[i]);
     GPU(cuCtxPopCurrent_v2(NULL));
     CHECK(fake_count("misuse") == 0, "misuse");
 }
@@ -445,6 +497,7 @@ static void checked(void) {
         {ROWS, 3, "outliers"},  {PACK, 0, "codes"},     {PACK, 1, "packed"},      {UNPACK, 0, "codes"},      {UNPACK, 1, "packed"},
         {QUANTIZE, 0, "src"},   {QUANTIZE, 1, "packed"}, {QUANTIZE, 2, "absmax"}, {NESTED, 3, "nested_absmax"}, {NESTED, 4, "nested_codebook"},
         {NESTED, 5, "workspace"}, {DEQUANTIZE, 0, "out"}, {DEQUANTIZE, 1, "packed"}, {DEQUANTIZE, 2, "absmax"}, {RANGE, 0, "out"},
+        {LINEAR, 0, "x"},       {LINEAR, 1, "packed"},  {LINEAR, 2, "absmax"},    {LINEAR, 3, "bias"},       {LINEAR, 4, "y"},
     };
     fake_open();
     gpu_start();
@@ -530,6 +583,9 @@ static void all_cases(const char *driver) {
     fake_child("prepare_fails", "cuFuncLoad", "", NULL);
     fake_child("threads", NULL, "devices=2", NULL);
     fake_child("on_a_stream", NULL, "devices=2", NULL);
+    fake_child("older", NULL, "arch=75", NULL);
+    fake_child("older", NULL, "arch=80", NULL);
+    fake_child("older", NULL, "arch=89", NULL);
     setenv("GQUANT_CHECK", "1", 1);
     fake_child("on_a_stream", NULL, "devices=2", NULL);
     fake_child("checked", NULL, "devices=2", NULL);
@@ -548,7 +604,8 @@ int main(int argc, char **argv) {
         void (*call)(void);
     } cases[] = {
         {"no_driver", no_driver}, {"no_driver_file", no_driver_file}, {"no_device", no_device}, {"old_driver", old_driver},
-        {"init_fails", init_fails}, {"two_devices", two_devices}, {"threads", threads}, {"on_a_stream", on_a_stream}, {"checked", checked},
+        {"init_fails", init_fails}, {"two_devices", two_devices}, {"threads", threads}, {"on_a_stream", on_a_stream}, {"older", older},
+        {"checked", checked},
     };
     if (argc == 2 && strcmp(argv[0], "lacks") == 0) lacks(argv[1]);
     else if (argc == 2 && strcmp(argv[0], "prepare_fails") == 0) prepare_fails(argv[1]);

@@ -5,6 +5,7 @@ import sys
 import torch
 
 import gquant.torch
+from gquant.torch.state import arguments
 
 backend = sys.argv[1]
 
@@ -38,6 +39,18 @@ for nested in (False, True):
             torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-3)  # inductor has another order of sums
     with torch.no_grad():
         torch.testing.assert_close(compiled(model)(given), model(given), rtol=1e-3, atol=1e-3)
+
+packed, state = gquant.torch.quantize_4bit(x)
+weight = arguments(packed, state)
+
+
+def into(t):
+    out = t.new_empty(t.shape[0], 96)
+    torch.ops.gquant.linear_4bit.out(t, None, *weight, out=out)
+    return out
+
+
+torch.testing.assert_close(compiled(into)(torch.ones(3, 128)), torch.ops.gquant.linear_4bit(torch.ones(3, 128), None, *weight))
 
 # Weights of different layers are inputs of the graph, not constants in it.
 first, second = (gquant.torch.Linear4bit(128, 96, bias=False) for _ in range(2))

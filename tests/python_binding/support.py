@@ -53,3 +53,24 @@ def bits(tensor):
     import torch
 
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def decoded(weight, dtype):
+    """The weight that an operator's arguments stand for, as a dtype of torch, with the rounding of the dtype that it was."""
+    import torch
+
+    return torch.ops.gquant.dequantize_4bit(*weight).to(dtype)
+
+
+def check_linear(y, x, bias, weight):
+    """y is the linear layer of x with the packed weight: its error, against float64, is that of torch with the decoded weight, or less."""
+    import torch
+
+    added = None if bias is None else bias.detach().to(x.dtype)
+    exact = torch.ops.gquant.dequantize_4bit(*weight[:6], torch.float32, *weight[7:]).double()
+    want = torch.nn.functional.linear(x.detach().double(), exact, None if added is None else added.double())
+    usual = torch.nn.functional.linear(x.detach(), decoded(weight, x.dtype), added)
+    assert (y.dtype, y.shape, y.device) == (usual.dtype, usual.shape, usual.device)
+    ours, theirs, size = ((t.detach().double() - want).norm().item() for t in (y, usual, torch.zeros_like(want)))
+    # A few float32 sums may be lucky.
+    assert ours <= max(1.05 * theirs, 3 * torch.finfo(torch.float32).eps * size), (ours / size, theirs / size)

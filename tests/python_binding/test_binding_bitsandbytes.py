@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import gquant
 import gquant.torch
-from support import same, save
+from gquant.torch.state import arguments
+from support import check_linear, decoded, same, save
 
 TYPES = ["nf4", "fp4"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -157,10 +158,11 @@ def test_linear_is_a_drop_in(case, assign, modules, tmp_path):
         layer.bias.data = layer.bias.data.to(entries["bias"].dtype)
     assert layer.load_state_dict(entries, assign=assign) == ([], [])
     assert layer.weight.data_ptr() == entries["weight"].data_ptr() if assign else layer.weight.data_ptr() != entries["weight"].data_ptr()
+    weight = arguments(layer.weight, layer.quant_state)
+    assert same(decoded(weight, reference.dtype), reference)
     for dtype in DTYPES:
         x = torch.randn(5, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
-        bias = layer.bias.to(dtype) if layer.bias is not None else None
-        assert same(layer(x), torch.nn.functional.linear(x, reference.to(dtype), bias))
+        check_linear(layer(x), x, layer.bias, weight)
     # Out again, through a file, into bitsandbytes' layer and out of that.
     same_dict(dict(layer.state_dict()), entries)
     save(layer.state_dict(), tmp_path / "layer.safetensors")
@@ -191,8 +193,7 @@ def test_plain_weights_are_quantized():
     layer.load_state_dict(plain.state_dict())
     packed, state = gquant.torch.quantize_4bit(plain.weight.data, quant_storage=torch.bfloat16)
     assert same(layer.weight.data, packed)
-    want = torch.nn.functional.linear(torch.ones(128), gquant.torch.dequantize_4bit(packed, state), plain.bias)
-    assert same(layer(torch.ones(128)), want)
+    check_linear(layer(torch.ones(128)), torch.ones(128), plain.bias, arguments(packed, state))
 
 
 def test_meta_layer_is_filled_by_assignment():

@@ -74,6 +74,7 @@ own = ctypes.c_void_p()
 with cupy.cuda.Device(1), cupy._context(1):
     assert driver.cuStreamCreate(ctypes.byref(own), 1) == 0
     x = cupy.asarray(numpy.ones((64, 64), "f4"))
+    wide, bias = cupy.asarray(numpy.ones((64, 128), "f2")), cupy.asarray(numpy.ones(64, "f2"))
 own = own.value
 
 def everything(expected, **keyword):
@@ -97,6 +98,12 @@ def everything(expected, **keyword):
     launched(lambda: gquant.dequantize_blockwise(codes, absmax, **keyword), expected)
     yield from launched(lambda: gquant.quantize_rows_int8(x, **keyword), expected)[:2]
     yield from launched(lambda: gquant.quantize_rows_int8(x, 6.0, **keyword), expected)
+    for format, nested in (("nf4", False), ("fp4", True)):
+        state = gquant.quantize(wide, format, nested=nested, **keyword)
+        y = launched(lambda: state.linear(wide, **keyword), expected)
+        assert y.dtype == "f2" and y.shape == (64, 64)
+        launched(lambda: state.linear(wide, bias, out=y, **keyword), expected)
+        yield y
     packed = launched(lambda: gquant.pack_4bit(codes, **keyword), expected)
     yield launched(lambda: gquant.unpack_4bit(packed, **keyword), expected)
 
@@ -133,11 +140,14 @@ for call in (
     lambda: gquant.quantize(Host()),
     lambda: state.dequantize("float16", x),
     lambda: gquant.quantize(x, blocksize=48),
+    lambda: state.linear(numbers),
+    lambda: state.linear(x, bias=numbers[0, :8]),
+    lambda: state.linear(x),
 ):
     try:
         call()
         print("taken")
-    except gquant.InvalidArgumentError as e:
+    except (gquant.InvalidArgumentError, gquant.UnsupportedError) as e:
         print(e)
 """
     wanted = [
@@ -148,6 +158,9 @@ for call in (
         "which is no memory of a CUDA device",
         "out has dtype float32; want float16",
         "blocksize is 48",
+        "packed is on CUDA device 0 and x on the host",
+        "packed is on CUDA device 0 and bias on the host",
+        "x is not F16 or BF16",
     ]
     for line, text in zip(run(code).splitlines(), wanted, strict=True):
         assert text in line

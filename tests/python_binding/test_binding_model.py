@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 import gquant
 import gquant.torch
-from support import same, save
+from gquant.torch.state import arguments
+from support import check_linear, same, save
 
 
 @pytest.fixture
@@ -194,8 +195,9 @@ def test_load_4bit_model(converted, modules, tmp_path):
             assert same(loaded[name], f.get_tensor(name)), name
     layer = gquant.torch.Linear4bit(128, 96)
     layer.load_state_dict(gquant.torch.load_4bit_model(path, prefix="a."))
-    want = torch.nn.functional.linear(torch.ones(2, 128), gquant.open(path).layers["a.weight"].read(like=loaded["a.bias"]).dequantize(), others["a.bias"])
-    assert same(layer(torch.ones(2, 128)), want)
+    dense = gquant.open(path).layers["a.weight"].read(like=loaded["a.bias"]).dequantize()
+    assert same(gquant.torch.dequantize_4bit(layer.weight, layer.quant_state), dense) and same(layer.bias, others["a.bias"])
+    check_linear(layer(torch.ones(2, 128)), torch.ones(2, 128), others["a.bias"], arguments(layer.weight, layer.quant_state))
 
 
 def test_load_4bit_model_reads_gptqmodels_names(modules, tmp_path):

@@ -14,7 +14,7 @@ import gquant
 import gquant.torch
 import support
 from gquant.torch.state import arguments
-from support import same
+from support import check_linear, same
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -33,6 +33,7 @@ def test_opcheck(nested):
         check(ops.quantize_4bit.default, (torch.randn(3, 101).to(dtype), 32, "fp4", nested, torch.int8))
         check(ops.dequantize_4bit.default, weight)
         check(ops.dequantize_4bit.out, weight, {"out": torch.empty(96, 128, dtype=dtype)})
+        check(ops.linear_4bit.out, (torch.randn(3, 128, dtype=dtype), None, *weight), {"out": torch.empty(3, 96, dtype=dtype)})
         for shape in ((128,), (3, 128), (2, 3, 128)):
             for bias in (None, torch.randn(96, dtype=dtype, requires_grad=True)):
                 check(ops.linear_4bit.default, (torch.randn(shape, dtype=dtype, requires_grad=True), bias, *weight))
@@ -48,7 +49,7 @@ def test_gradients(nested, dtype):
         x, bias = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(96).to(dtype).requires_grad_()
         y = torch.ops.gquant.linear_4bit(x, bias, *weight)
         wanted = torch.nn.functional.linear(x, dense, bias)
-        assert same(y, wanted)
+        check_linear(y, x, bias, weight)
         gradient = torch.randn(y.shape).to(dtype)
         for ours, theirs in zip(torch.autograd.grad(y, (x, bias), gradient), torch.autograd.grad(wanted, (x, bias), gradient), strict=True):
             torch.testing.assert_close(ours, theirs)
@@ -82,8 +83,8 @@ def test_compute_dtype():
     x = torch.randn(2, 128)
     y = layer(x)
     assert y.dtype == torch.float32
-    dense = gquant.torch.dequantize_4bit(layer.weight, layer.quant_state)
-    assert same(y, torch.nn.functional.linear(x.bfloat16(), dense.bfloat16()).float())
+    assert same(y.bfloat16().float(), y)
+    check_linear(y.bfloat16(), x.bfloat16(), None, arguments(layer.weight, layer.quant_state))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

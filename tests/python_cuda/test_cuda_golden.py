@@ -7,7 +7,8 @@ import torch
 
 import gquant
 import gquant.torch
-from support import vectors
+from gquant.torch.state import arguments
+from support import check_linear, vectors
 from weights import DTYPES, equal, normal
 
 
@@ -115,9 +116,8 @@ def test_modules(case, modules):
     assert equal(gquant.torch.dequantize_4bit(layer.weight, layer.quant_state), reference)
     for dtype in DTYPES:
         x = normal(5, 128, dtype=dtype).cuda()
-        bias = layer.bias.to(dtype) if layer.bias is not None else None
         with torch.no_grad():
-            assert equal(layer(x), torch.nn.functional.linear(x, reference.to(dtype), bias))
+            check_linear(layer(x), x, layer.bias, arguments(layer.weight, layer.quant_state))
     saved = layer.state_dict()
     assert saved.keys() == entries.keys()
     for key in entries:

@@ -11,6 +11,7 @@ import torch
 import gquant
 import gquant.torch
 from gquant.torch.state import arguments
+from support import check_linear
 from weights import DTYPES, TYPES, equal, normal
 
 
@@ -48,7 +49,7 @@ def test_gradients(nested, dtype):
         y = layer(x)
         bias = layer.bias.detach().to(dtype).requires_grad_()
         wanted = torch.nn.functional.linear(x, dense, bias)
-        assert equal(y.detach(), wanted.detach())
+        check_linear(y, x, bias, arguments(layer.weight, layer.quant_state))
         gradient = normal(*y.shape, dtype=dtype, seed=3).cuda()
         of_x, of_bias = torch.autograd.grad(y, (x, layer.bias), gradient)
         want_x, want_bias = torch.autograd.grad(wanted, (x, bias), gradient)
@@ -104,9 +105,9 @@ def test_inference_is_the_operator():
 def test_compute_dtype():
     layer = layer_of(compute_dtype=torch.bfloat16, bias=False)
     x = normal(2, 128).cuda()
-    dense = gquant.torch.dequantize_4bit(layer.weight, layer.quant_state)
     y = layer(x)
-    assert y.dtype == torch.float32 and equal(y, torch.nn.functional.linear(x.bfloat16(), dense.bfloat16()).float())
+    assert y.dtype == torch.float32 and equal(y.bfloat16().float(), y)
+    check_linear(y.bfloat16(), x.bfloat16(), None, arguments(layer.weight, layer.quant_state))
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])

@@ -253,6 +253,7 @@ FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gq_state_json", _status, (_handle, c_char_p, c_size_t, POINTER(c_size_t))),
     ("gq_dequantize", _status, (_handle, _addr, c_size_t, c_int32, POINTER(gq_exec))),
     ("gq_dequantize_range", _status, (_handle, c_int64, c_int64, _addr, c_size_t, c_int32, POINTER(gq_exec))),
+    ("gq_linear", _status, (_handle, _addr, c_int64, c_int32, _addr, _addr, POINTER(gq_exec))),
     ("gq_load_model", _status, (c_char_p, POINTER(gq_load_options), POINTER(_handle))),
     ("gq_free_model", _status, (_handle,)),
     ("gq_model_tensor_count", _status, (_handle, POINTER(c_int64))),

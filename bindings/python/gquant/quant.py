@@ -85,6 +85,33 @@ class QuantState:
             lib.gq_dequantize(handle, to.address, to.nbytes, _dtypes.number(dtype), execution)
         return out
 
+    def linear(self, x: Any, bias: Any = None, out: Any = None, *, threads: int = 0, stream: Optional[int] = None) -> Any:
+        """The linear layer x · weightᵀ + bias with the packed weight [n, k], where its arrays are; "nf4" and "fp4" have it.
+
+        x: float32, float16 or bfloat16 [..., k]. bias: x's dtype [n]. out: takes the result, [..., n] of x's dtype, as dequantize's
+        does, and is returned; it must not overlap x. threads: 0 = all cores. On a device x is float16 or bfloat16, has at most 64
+        rows, and more that gq_linear in gquant.h lists; UnsupportedError says what is wanting, and dequantize is the way then.
+        """
+        parts = self._parts(stream)
+        source = _buffers.weights(x, "x", stream=stream)
+        if len(self.shape) != 2:
+            raise InvalidArgumentError(f"the weight has shape {tuple(self.shape)}; a linear layer needs 2 dimensions")
+        n, k = self.shape
+        if source.shape[-1:] != (k,):
+            raise InvalidArgumentError(f"x has shape {tuple(source.shape)}; want [..., {k}]")
+        given = [] if bias is None else [_buffers.weights(bias, "bias", source.dtype, (n,), stream)]
+        results = [] if out is None else [_buffers.view(out, "out", writable=True)]
+        where = _buffers.place(*parts.values(), source, *given, *results, stream=stream)
+        rows = math.prod(source.shape[:-1])
+        if out is None:
+            out = _buffers.empty(x, source.dtype, (*source.shape[:-1], n), where)
+        to = _buffers.output(out, "out", source.dtype, rows * n * _dtypes.bits(source.dtype) // 8)
+        added = given[0].address if given else 0
+        with self._handle(parts, where.device) as handle:
+            execution = _ffi.execution(threads, *where)
+            lib.gq_linear(handle, source.address, rows, _dtypes.number(source.dtype), added, to.address, execution)
+        return out
+
     def json(self) -> str:
         """bitsandbytes' text of a 4-bit state, as Python's json.dumps writes it. Waits for an offset that is on a device."""
         parts = self._parts(None)

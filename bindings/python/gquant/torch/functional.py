@@ -3,14 +3,12 @@
 from typing import Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import quant
 from .._errors import InvalidArgumentError, UnsupportedError
 from . import ops
 from .state import QuantState, arguments
-
-_REAL = (Tensor, nn.Parameter)  # not what tracing puts in their place
 
 
 def quantize_4bit(
@@ -42,7 +40,7 @@ def dequantize_4bit(packed: Tensor, state: QuantState, out: Optional[Tensor] = N
         wanted = state.shape and tuple(state.shape)
         raise InvalidArgumentError(f"out is {out.dtype} {tuple(out.shape)}; want {state.dtype} {wanted}")
     weight = arguments(packed, state)
-    if torch.compiler.is_compiling() or type(packed) not in _REAL:
+    if torch.compiler.is_compiling() or type(packed) not in ops.REAL:
         _check_device(packed, "packed")
         if out is None:
             return torch.ops.gquant.dequantize_4bit(*weight)

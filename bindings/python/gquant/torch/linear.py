@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import quant
 from .._errors import GquantError, InvalidArgumentError
+from . import ops
 from .functional import dequantize_4bit, quantize_4bit
 from .state import QuantState, arguments, codebook
 
@@ -68,13 +69,17 @@ class Linear4bit(nn.Module):
         given = x.dtype
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = self.bias
+        if bias is not None and bias.dtype is not x.dtype:
+            bias = bias.to(x.dtype)
         learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if learns or torch.compiler.is_compiling():
             y = torch.ops.gquant.linear_4bit(x, bias, *arguments(self.weight, self.quant_state))
-        else:  # the same, without the operator's own time
+        elif ops.plain(x, self.weight):  # the same, without the operator's own time
+            y = ops.linear(x, bias, arguments(self.weight, self.quant_state))
+        else:  # what the operator does not know: vmap, forward-mode gradients
             y = nn.functional.linear(x, dequantize_4bit(self.weight, self.quant_state).to(x.dtype), bias)
-        return y.to(given)
+        return y if y.dtype is given else y.to(given)
 
     def extra_repr(self) -> str:
         state = self.quant_state

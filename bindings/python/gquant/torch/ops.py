@@ -15,12 +15,14 @@ one device, and numbers, in this order:
 
 import ctypes
 import functools
+import math
 import weakref
-from ctypes import c_int32, c_size_t, c_uint64
+from ctypes import c_int32, c_int64, c_size_t, c_uint64
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _ffi, quant
 from .._buffers import current_stream
@@ -32,6 +34,7 @@ _WEIGHT = (
     "ScalarType dtype, int blocksize, str quant_type"
 )
 
+REAL = (Tensor, torch.nn.Parameter)  # not what tracing puts in their place
 _library = torch.library.Library("gquant", "DEF")
 _compiles = (torch.Tag.pt2_compliant_tag,)
 
@@ -160,17 +163,15 @@ _gq_dequantize = _ffi.bare("gq_dequantize")
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", current_stream)
 
 
-def decode(weight: tuple[Any, ...], out: Tensor) -> None:
-    """Decodes a weight into out, without torch's dispatcher."""
+def _borrow(weight: tuple[Any, ...]) -> Optional[_Borrowed]:
+    """The state of a weight; None if its tensors are not what they usually are."""
     packed, absmax, nested_absmax, nested_code, offset, shape, dtype, blocksize, quant_type = weight
     device = packed.get_device()
     usual = (
         dtype in _NUMBERS
         and quant_type in _FORMATS
         and (packed.is_cuda or packed.is_cpu)
-        and out.dtype is dtype
-        and absmax.get_device() == out.get_device() == device
-        and out.is_contiguous()
+        and absmax.get_device() == device
         and packed.is_contiguous()
         and absmax.is_contiguous()
     )
@@ -199,9 +200,18 @@ def decode(weight: tuple[Any, ...], out: Tensor) -> None:
             offset.nbytes,
         )
     if not usual:
+        return None
+    return _borrowed(_FORMATS[quant_type], _NUMBERS[dtype], blocksize, device, tuple(shape), *parts)
+
+
+def decode(weight: tuple[Any, ...], out: Tensor) -> None:
+    """Decodes a weight into out, without torch's dispatcher."""
+    device, dtype = weight[0].get_device(), weight[6]
+    fits = out.dtype is dtype and out.get_device() == device and out.is_contiguous()
+    state = _borrow(weight) if fits else None
+    if state is None:
         _state(*weight).dequantize(dtype, out)  # slower, and knows what is wrong
         return
-    state = _borrowed(_FORMATS[quant_type], _NUMBERS[dtype], blocksize, device, tuple(shape), *parts)
     execution = None if device < 0 else _on(device, _current_stream(device))
     status = _gq_dequantize(state.handle, c_uint64(out.data_ptr()), c_size_t(out.nbytes), _ARGUMENTS[dtype], execution)
     if status != 0:
@@ -230,14 +240,113 @@ def _(*weight: Any, out: Tensor) -> None:
     pass
 
 
-# ---- linear_4bit: x · weightᵀ + bias, with the weight decoded to its own dtype first and then cast to that of x
+# ---- linear_4bit: x · weightᵀ + bias of x's dtype, to which the bias is cast. The library multiplies with the packed weight where it
+# can; else the weight is decoded to its own dtype, cast to that of x, and torch multiplies
 
 _library.define(f"linear_4bit(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor", tags=_compiles)
+_library.define(f"linear_4bit.out(Tensor x, Tensor? bias, {_WEIGHT}, *, Tensor(a!) out) -> ()", tags=_compiles)
+
+_HALVES = (torch.float16, torch.bfloat16)
+_gq_linear = _ffi.bare("gq_linear")
+
+
+@functools.cache
+def _multiplies(device: int) -> bool:
+    """Whether a CUDA device is one that gq_linear has kernels for."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def plain(x: Tensor, packed: Tensor) -> bool:
+    """Whether the tensors are themselves: no subclass, and no mode, transform or forward-mode gradient takes note of what is done."""
+    return (
+        type(x) in REAL
+        and type(packed) in REAL
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def linear(x: Tensor, bias: Optional[Tensor], weight: tuple[Any, ...], out: Optional[Tensor] = None) -> Tensor:
+    """x · weightᵀ + bias, in out if given; without torch's dispatcher where the library multiplies."""
+    packed, shape, blocksize = weight[0], weight[5], weight[7]
+    device, on_cpu, dtype, given = packed.get_device(), packed.is_cpu, x.dtype, x.shape
+    if len(shape) != 2:
+        raise InvalidArgumentError(f"the weight has shape {tuple(shape)}; a linear layer needs 2 dimensions")
+    n, k = shape
+    if not given or given[-1] != k:
+        raise InvalidArgumentError(f"x has shape {tuple(given)}; want [..., {k}]")
+    if x.get_device() != device or x.is_cpu != on_cpu:
+        raise _apart(packed, x, "x")
+    if bias is not None:
+        if bias.get_device() != device or bias.is_cpu != on_cpu:
+            raise _apart(packed, bias, "bias")
+        if bias.shape != (n,):
+            raise InvalidArgumentError(f"bias has shape {tuple(bias.shape)}; want ({n},)")
+        if bias.dtype is not dtype:
+            bias = bias.to(dtype)
+    if out is not None:
+        if out.get_device() != device or out.is_cpu != on_cpu:
+            raise _apart(packed, out, "out")
+        if out.dtype is not dtype or out.shape != (*given[:-1], n):
+            raise InvalidArgumentError(f"out is {out.dtype} {tuple(out.shape)}; want {dtype} {(*given[:-1], n)}")
+        if not out.is_contiguous():
+            raise InvalidArgumentError("out is not contiguous in row-major order; copy it into an array that is")
+    rows = x.numel() // k if k else math.prod(given[:-1])
+    # What gquant.h says about gq_linear.
+    fused = weight[8] in _FORMATS and (
+        dtype in _NUMBERS
+        if on_cpu
+        else packed.is_cuda
+        and dtype in _HALVES
+        and rows <= 64
+        and 0 < k <= 1 << 24
+        and k % 128 == 0
+        and n <= 1 << 31
+        and blocksize >= 64
+        and k % blocksize == 0
+        and packed.data_ptr() % 16 == 0
+        and (x.data_ptr() % 16 == 0 or not x.is_contiguous())
+        and _multiplies(device)
+    )
+    if not fused:
+        dense = torch.empty(shape, dtype=weight[6], device=packed.device)
+        decode(weight, dense)
+        if out is None:
+            return torch.nn.functional.linear(x, dense.to(dtype), bias)
+        torch.nn.functional.linear(x.reshape(rows, k), dense.to(dtype), bias, out=out.view(rows, n))
+        return out
+    x = x.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    y = x.new_empty((*given[:-1], n)) if out is None else out
+    state = _borrow(weight)
+    if state is None:
+        return _state(*weight).linear(x, bias, y)  # slower, and knows what is wrong
+    execution = None if device < 0 else _on(device, _current_stream(device))
+    added = c_uint64(0 if bias is None else bias.data_ptr())
+    status = _gq_linear(state.handle, c_uint64(x.data_ptr()), c_int64(rows), _ARGUMENTS[dtype], added, c_uint64(y.data_ptr()), execution)
+    if status != 0:
+        raise _ffi.error(status)
+    return y
+
+
+def _apart(packed: Tensor, tensor: Tensor, name: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"packed is on device {packed.device} and {name} on {tensor.device}; all tensors of a call must be on one device"
+    )
 
 
 @_kernel("linear_4bit")
 def _linear(x: Tensor, bias: Optional[Tensor], *weight: Any) -> Tensor:
-    return torch.nn.functional.linear(x, _dequantize(*weight).to(x.dtype), bias)
+    return linear(x, bias, weight)
+
+
+@_kernel("linear_4bit.out")
+def _linear_out(x: Tensor, bias: Optional[Tensor], *weight: Any, out: Tensor) -> None:
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise InvalidArgumentError("linear_4bit.out has no gradient, but x or bias asks for one: leave out= away, or use torch.no_grad()")
+    linear(x, bias, weight, out)
 
 
 @torch.library.register_fake("gquant::linear_4bit", lib=_library)
@@ -245,9 +354,14 @@ def _(x: Tensor, bias: Optional[Tensor], *weight: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight[5][0]))
 
 
+@torch.library.register_fake("gquant::linear_4bit.out", lib=_library)
+def _(x: Tensor, bias: Optional[Tensor], *weight: Any, out: Tensor) -> None:
+    pass
+
+
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[2:7])
-    ctx.numbers = inputs[7:]
+    ctx.numbers, ctx.dtype_of_bias = inputs[7:], None if inputs[1] is None else inputs[1].dtype
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Optional[Tensor], ...]:
@@ -256,7 +370,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Optional[Tensor], ...]:
         weight = torch.ops.gquant.dequantize_4bit(*ctx.saved_tensors, *ctx.numbers)
         of_x = gradient @ weight.to(gradient.dtype)
     if ctx.needs_input_grad[1]:
-        of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+        of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.dtype_of_bias)
     return of_x, of_bias, *(None for _ in range(9))
 
 
