@@ -164,6 +164,60 @@ def bench_quantize(quick):
     return rows
 
 
+# ---- linear layers
+
+SHAPES = [(3072, 3072), (4096, 4096), (9216, 3072), (12288, 3072), (3072, 12288), (14336, 4096), (4096, 14336), (8192, 8192)]
+
+
+def layers(n, k, nested=False):
+    """Quantized weights that together are larger than any cache."""
+    count = max(3, int(220e6 / (n * k * 0.5625)) + 1)
+    weights = [torch.randn(n, k, dtype=torch.bfloat16, device="cuda") for _ in range(min(count, 4))]
+    quantized = [gquant.torch.quantize_4bit(w, compress_statistics=nested) for w in weights]
+    while len(quantized) < count:  # copies have addresses of their own
+        packed, state = quantized[len(quantized) % len(weights)]
+        quantized.append((packed.clone(), state.map(lambda t: t.clone())))
+    return quantized, weights
+
+
+def bench_linear(quick):
+    """Geometric means over the shapes, speeds relative to cuBLAS with plain bf16 weights."""
+    widths = (1, 8, 32) if quick else (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+    cells = {m: [] for m in widths}
+    for n, k in SHAPES[:2] if quick else SHAPES:
+        quantized, weights = layers(n, k)
+        nested, _ = layers(n, k, nested=True)
+        dense = weights if 8 * n * k > 220e6 else [w.clone() for w in weights * (1 + int(220e6 / (8 * n * k)))]
+        arguments = [gquant.torch.state.arguments(*q) for q in quantized]
+        nested = [gquant.torch.state.arguments(*q) for q in nested]
+        theirs = [peer.quantize_4bit(w, compress_statistics=False, quant_type="nf4") for w in weights] if peer else []
+        for m in widths:
+            x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+            count, repeat = (24, 5) if m <= 512 else (4, 3)
+            time_of = lambda call: graphed(call, count, repeat)  # noqa: B023, E731
+            cublas = time_of(lambda i: torch.nn.functional.linear(x, dense[i % len(dense)]))
+            ours = time_of(lambda i: torch.ops.gquant.linear_4bit(x, None, *arguments[i % len(arguments)]))
+            of_nested = time_of(lambda i: torch.ops.gquant.linear_4bit(x, None, *nested[i % len(nested)])) if m <= 64 else None
+            other = time_of(lambda i: bitsandbytes.matmul_4bit(x, theirs[i % len(theirs)][0].t(), theirs[i % len(theirs)][1])) if peer else None
+            cells[m].append({"shape": (n, k), "cublas": cublas, "ours": ours, "nested": of_nested, "peer": other, "bytes": moved(n * k, 0, 64) + 2 * m * (n + k)})
+        del quantized, weights, nested, dense, arguments, theirs
+
+    def mean(values):
+        return statistics.geometric_mean(values)
+
+    rows = []
+    goals = {1: 2.6, 4: 2.6, 8: 2.6, 16: 2.2, 32: 1.7, 64: 1.7, 128: 1.5, 256: 1.1, 512: 0.95, 1024: 0.95, 4096: 0.95}
+    for m, list_ in cells.items():
+        ours = mean(c["cublas"] / c["ours"] for c in list_)
+        other = mean(c["cublas"] / c["peer"] for c in list_) if peer else None
+        roof = mean(c["bytes"] / c["ours"] for c in list_) / 1e12
+        rows.append(row(f"linear nf4 M={m}, speed in cuBLAS bf16's", "×", ours, other, None, f"≥ {goals[m]}"))
+        if m <= 64:
+            rows.append(row("… bytes moved; with nested statistics: its time against not nested", "TB/s", roof, None, None))
+            rows[-1]["to limit"] = mean(c["ours"] / c["nested"] for c in list_)
+    return rows, cells
+
+
 # ---- loading
 
 
@@ -290,6 +344,8 @@ def main():
     TMPFS.mkdir(exist_ok=True)
     try:
         rows = bench_start() + bench_overhead() + bench_dequantize(args.quick) + bench_quantize(args.quick)
+        linear, cells = bench_linear(args.quick)
+        rows += linear
         loads, source, size = bench_load(1 if args.quick else 6, 3 if args.quick else 7)
         rows += loads + bench_convert(source, size, 1 if args.quick else 3)
     finally:
@@ -300,7 +356,7 @@ def main():
             [GQUANT, "version", "--json"], check=True, stdout=subprocess.PIPE).stdout)["version"],
         "date": time.strftime("%Y-%m-%d"), "peak host memory of this process, MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }  # fmt: skip
-    (FOLDER / "cuda.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    (FOLDER / "cuda.json").write_text(json.dumps({"machine": about, "rows": rows, "linear": cells}, indent=1) + "\n")
     print(", ".join(f"{k} {v}" for k, v in about.items()), end="\n\n")
     bench.print_table(rows)
 

@@ -25,7 +25,7 @@ import gquant.torch  # noqa: E402
 from gquant import _ffi, quant  # noqa: E402
 from gquant.torch.state import arguments  # noqa: E402
 
-ROWS, COLS = 64, 64
+ROWS, COLS = 64, 128
 CALLS, REPEATS = 300, 31
 
 
@@ -59,7 +59,8 @@ def measure():
     gquant.prepare(0)
     weight = torch.randn(ROWS, COLS, device="cuda").bfloat16()
     other, out = torch.randn_like(weight), torch.empty_like(weight)
-    x = torch.randn(1, COLS, device="cuda").bfloat16()
+    x, many = (torch.randn(rows, COLS, device="cuda").bfloat16() for rows in (1, 65))  # the kernels take up to 64 rows
+    y = x.new_empty(1, ROWS)
     dequantize, op = gquant.torch.dequantize_4bit, torch.ops.gquant.dequantize_4bit.out
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "unit": "microseconds per call"}
     result["torch.add(a, b, out=c)"] = microseconds(lambda: torch.add(weight, other, out=out))
@@ -80,6 +81,10 @@ def measure():
         result[f"gquant.torch.quantize_4bit, {name}"] = microseconds(lambda: gquant.torch.quantize_4bit(weight, compress_statistics=nested))
         with torch.no_grad():
             result[f"Linear4bit, {name}"] = microseconds(lambda: layer(x))
+            result[f"Linear4bit that decodes, {name}"] = microseconds(lambda: layer(many))
+        linear = torch.ops.gquant.linear_4bit
+        result[f"torch.ops.gquant.linear_4bit, {name}"] = microseconds(lambda: linear(x, None, *weights))
+        result[f"torch.ops.gquant.linear_4bit.out, {name}"] = microseconds(lambda: linear.out(x, None, *weights, out=y))
     result["torch.nn.functional.linear"] = microseconds(lambda: torch.nn.functional.linear(x, weight))
     return result
 
