@@ -67,7 +67,7 @@ func (d *Device) LinearRefused(w *Weight, l Linear) string {
 	return ""
 }
 
-// Linear computes the layer, if LinearRefused has no objection. Weights are value·absmax in float32, NF4's values rounded to the dtype; sums
+// Linear computes the layer, if LinearRefused has no objection. Weights are value·absmax in float32, NF4's 16 values rounded; sums
 // are float32, in an order that depends on K and the number of warps alone.
 func (d *Device) Linear(s Stream, w *Weight, l Linear) error {
 	if l.M == 0 || l.N == 0 {

@@ -84,13 +84,14 @@ static DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;
 
 // ---- the table: at byte · ENTRY_BYTES + lane · 4 is the pair of values of a byte. With entries of 256 bytes one PRMT makes an address.
 
-// FP4's values are multiples of 1/12, and rounding them would make all of them too large or too small by the same part: in the table they
-// are times 12, which is exact, and the scales make up for it.
-static DEVICE float table_factor(int format) { return format == GQ_FP4 ? 12.0f : 1.0f; }
-static DEVICE float scale_factor(int format) { return format == GQ_FP4 ? 1.0f / 12 : 1.0f; }
+// In the table values are times a factor, for which the scales make up. FP4's are multiples of 1/12, and 12 times a value needs no rounding.
+// For NF4 it is the factor for which rounding to the dtype changes normal weights least: by 0.00078 of them in bf16, instead of 0.00136
+// without (found by trying 1 … 2 in steps of 1/8192).
+static DEVICE float table_factor(BF16, int format) { return format == GQ_FP4 ? 12.0f : 1.436767578125f; }
+static DEVICE float table_factor(F16, int format) { return format == GQ_FP4 ? 12.0f : 1.3662109375f; }
 
 template <class T> static DEVICE void fill_table(u8 *table, int format) {
-    const float *values = VALUES[format - GQ_NF4], factor = table_factor(format);
+    const float *values = VALUES[format - GQ_NF4], factor = table_factor(T(), format);
     for (int b = threadIdx.x; b < 256; b += blockDim.x) {
         const u32 pair = T::narrow2(values[b >> 4] * factor, values[b & 15] * factor); // the first of two is in the high nibble
         const uint4 four = make_uint4(pair, pair, pair, pair);
@@ -302,7 +303,7 @@ template <class T, int COLUMNS, int DEPTH, bool NESTED> static DEVICE void linea
     }
     __syncthreads(); // the table is there
     int slot = 0;
-    const float factor = scale_factor(a.weight.format);
+    const float factor = 1 / table_factor(T(), a.weight.format);
     for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         float sum[TILES][COLUMNS][4] = {};
         for (u32 span = first; span < spans; span += leap) {

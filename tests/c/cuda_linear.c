@@ -51,8 +51,8 @@ static void code_values(gq_format format, float values[16]) {
     OK(gq_state_free(state));
 }
 
-/* The weight as the device has it: NF4's values are rounded to the dtype; FP4's are twelfths, whose numerators need no rounding, and
- * absmax is divided by 12. */
+/* The weight as the device has it: the values of the codes, times a factor, are rounded to the dtype, and absmax is divided by that factor. It
+ * is 12 for FP4, whose values are twelfths and then need no rounding. */
 static float *device_values(const struct linear_weight *w, gq_dtype dtype) {
     const gq_parts *parts = &w->desc.parts;
     const unsigned char *packed = (const unsigned char *)(uintptr_t)parts->packed, *absmax8 = (const unsigned char *)(uintptr_t)parts->absmax;
@@ -60,8 +60,8 @@ static float *device_values(const struct linear_weight *w, gq_dtype dtype) {
     const float *codebook = (const float *)(uintptr_t)parts->nested_codebook, *offset = (const float *)(uintptr_t)parts->offset;
     float *values = malloc((size_t)(w->n * w->k) * 4), of_code[16];
     code_values(w->desc.format, of_code);
-    const float twelfth = w->desc.format == GQ_FORMAT_FP4 ? 1.0f / 12 : 1;
-    for (int i = 0; i < 16; i++) of_code[i] = (float)linear_rounded(w->desc.format == GQ_FORMAT_FP4 ? of_code[i] * 12 : of_code[i], dtype);
+    const float factor = w->desc.format == GQ_FORMAT_FP4 ? 12 : dtype == GQ_BF16 ? 1.436767578125f : 1.3662109375f;
+    for (int i = 0; i < 16; i++) of_code[i] = (float)linear_rounded(of_code[i] * factor, dtype);
     for (int64_t block = 0; block < w->n * w->k / w->desc.blocksize; block++) {
         float scale;
         if (w->desc.nested_blocksize) {
@@ -70,7 +70,7 @@ static float *device_values(const struct linear_weight *w, gq_dtype dtype) {
         } else {
             scale = absmax[block];
         }
-        scale *= twelfth;
+        scale *= 1 / factor;
         for (int64_t i = block * w->desc.blocksize; i < (block + 1) * w->desc.blocksize; i++) values[i] = of_code[packed[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale;
     }
     return values;
