@@ -126,7 +126,9 @@ def big(folder):
 
 def test_interrupt_cancels(tmp_path):
     code = f"""
+import signal
 import gquant
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Python has none where tests run in the background of a shell
 print("ready", flush=True)
 try:
     gquant.convert({str(big(tmp_path))!r}, {str(tmp_path / "out.safetensors")!r}, threads=1)
