@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"unsafe"
 
+	"github.com/gquant/gquant/core/dtype"
 	"github.com/gquant/gquant/cuda"
 )
 
@@ -37,6 +38,16 @@ func execution(given *C.gq_const_exec) (place, error) {
 	var err error
 	p.device, err = device("exec.device", exec.device)
 	return p, err
+}
+
+// executionIn reads where to run, and the dtype of weights that most functions take with it.
+func executionIn(given *C.gq_const_exec, d C.gq_dtype) (place, dtype.DType, error) {
+	where, err := execution(given)
+	if err != nil {
+		return where, 0, err
+	}
+	t, err := weightType("dtype", d)
+	return where, t, err
 }
 
 // device is the device with an ordinal; nil for GQ_CPU.

@@ -16,20 +16,12 @@ import (
 
 // quantizeFlat quantizes n elements with a 4-bit format.
 func quantizeFlat(name string, src C.gq_addr, d C.gq_dtype, n, blocksize C.int64_t, absmax C.gq_addr, absmaxCount C.int64_t, packed C.gq_addr, packedBytes C.size_t, exec *C.gq_const_exec) error {
-	where, err := execution(exec)
+	where, t, err := executionIn(exec, d)
 	if err != nil {
 		return err
 	}
-	t, err := weightType("dtype", d)
-	if err != nil {
+	if err := checkFlat(n, blocksize, absmaxCount); err != nil {
 		return err
-	}
-	if err := checkBlocks(n, blocksize, quant.Blocksizes()); err != nil {
-		return err
-	}
-	blocks := blocksOf(n, blocksize)
-	if int64(absmaxCount) != blocks {
-		return invalid("absmax_count is %d; %d elements in blocks of %d need %d", int64(absmaxCount), int64(n), int64(blocksize), blocks)
 	}
 	format, err := quant.Lookup(name)
 	if err != nil {
@@ -46,7 +38,7 @@ func quantizeFlat(name string, src C.gq_addr, d C.gq_dtype, n, blocksize C.int64
 	if err != nil {
 		return err
 	}
-	scales, err := floats("absmax", absmax, uint64(blocks))
+	scales, err := floats("absmax", absmax, uint64(absmaxCount))
 	if err != nil {
 		return err
 	}
@@ -75,13 +67,24 @@ func (p *place) blocks(src C.gq_addr, t dtype.DType, n, blocksize C.int64_t, abs
 	return b, err
 }
 
-// checkBlocks checks a number of elements and a blocksize.
-func checkBlocks(n, blocksize C.int64_t, allowed []int) error {
+// checkBlocksize checks the blocksize of a quantization.
+func checkBlocksize(blocksize C.int64_t) error {
+	if allowed := quant.Blocksizes(); blocksize > 1<<20 || !slices.Contains(allowed, int(blocksize)) {
+		return invalid("blocksize is %d; want one of %v", int64(blocksize), allowed)
+	}
+	return nil
+}
+
+// checkFlat checks the numbers of a quantization of n elements.
+func checkFlat(n, blocksize, absmaxCount C.int64_t) error {
 	if err := count("n", n); err != nil {
 		return err
 	}
-	if blocksize > 1<<20 || !slices.Contains(allowed, int(blocksize)) {
-		return invalid("blocksize is %d; want one of %v", int64(blocksize), allowed)
+	if err := checkBlocksize(blocksize); err != nil {
+		return err
+	}
+	if blocks := blocksOf(n, blocksize); int64(absmaxCount) != blocks {
+		return invalid("absmax_count is %d; %d elements in blocks of %d need %d", int64(absmaxCount), int64(n), int64(blocksize), blocks)
 	}
 	return nil
 }
@@ -126,19 +129,12 @@ func table256(name string, a C.gq_addr, bytes uint64) (*[256]float32, error) {
 //export go_gq_quantize_blockwise
 func go_gq_quantize_blockwise(src C.gq_addr, d C.gq_dtype, n, blocksize C.int64_t, table, absmax C.gq_addr, absmaxCount C.int64_t, codes C.gq_addr, codesBytes C.size_t, exec *C.gq_const_exec) C.gq_status {
 	return guarded("gq_quantize_blockwise", func() error {
-		where, err := execution(exec)
+		where, t, err := executionIn(exec, d)
 		if err != nil {
 			return err
 		}
-		t, err := weightType("dtype", d)
-		if err != nil {
+		if err := checkFlat(n, blocksize, absmaxCount); err != nil {
 			return err
-		}
-		if err := checkBlocks(n, blocksize, quant.Blocksizes()); err != nil {
-			return err
-		}
-		if blocks := blocksOf(n, blocksize); int64(absmaxCount) != blocks {
-			return invalid("absmax_count is %d; %d elements in blocks of %d need %d", int64(absmaxCount), int64(n), int64(blocksize), blocks)
 		}
 		if where.device != nil {
 			b, err := where.blocks(src, t, n, blocksize, absmax, codes, "codes", uint64(codesBytes), uint64(n))
@@ -182,11 +178,7 @@ func (p *place) tableAddress(name string, a C.gq_addr) (uint64, error) {
 //export go_gq_quantize_rows_int8
 func go_gq_quantize_rows_int8(src C.gq_addr, d C.gq_dtype, rows, cols C.int64_t, threshold C.float, absmax C.gq_addr, absmaxCount C.int64_t, codes C.gq_addr, codesBytes C.size_t, outliers C.gq_addr, outliersBytes C.size_t, exec *C.gq_const_exec) C.gq_status {
 	return guarded("gq_quantize_rows_int8", func() error {
-		where, err := execution(exec)
-		if err != nil {
-			return err
-		}
-		t, err := weightType("dtype", d)
+		where, t, err := executionIn(exec, d)
 		if err != nil {
 			return err
 		}

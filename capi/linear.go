@@ -16,15 +16,11 @@ func go_gq_linear(handle *C.gq_state, x C.gq_addr, m C.int64_t, d C.gq_dtype, bi
 			return err
 		}
 		defer done()
-		where, err := execution(exec)
+		where, t, err := executionIn(exec, d)
 		if err != nil {
 			return err
 		}
 		if err := s.on(&where); err != nil {
-			return err
-		}
-		t, err := weightType("dtype", d)
-		if err != nil {
 			return err
 		}
 		if err := count("m", m); err != nil {

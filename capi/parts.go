@@ -47,7 +47,7 @@ func newLayout(format C.gq_format, d dtype.DType, shape []int64, blocksize int64
 	if l.state.Blocksize == 0 {
 		l.state.Blocksize = quant.DefaultBlocksize
 	}
-	return l, checkBlocks(0, C.int64_t(l.state.Blocksize), quant.Blocksizes())
+	return l, checkBlocksize(C.int64_t(l.state.Blocksize))
 }
 
 // sizes are the bytes of the parts.
@@ -262,11 +262,7 @@ func go_gq_quantize(format C.gq_format, src C.gq_addr, d C.gq_dtype, shape *C.gq
 		if nonfinite != nil {
 			*nonfinite = 0
 		}
-		where, err := execution(exec)
-		if err != nil {
-			return err
-		}
-		t, err := weightType("dtype", d)
+		where, t, err := executionIn(exec, d)
 		if err != nil {
 			return err
 		}

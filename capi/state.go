@@ -186,15 +186,11 @@ func dequantizeState(handle *C.gq_state, first, n int64, out C.gq_addr, outBytes
 		return err
 	}
 	defer done()
-	where, err := execution(exec)
+	where, t, err := executionIn(exec, d)
 	if err != nil {
 		return err
 	}
 	if err := s.on(&where); err != nil {
-		return err
-	}
-	t, err := weightType("dtype", d)
-	if err != nil {
 		return err
 	}
 	all := s.state.Elements()

@@ -1,25 +1,12 @@
 /* Handles that were freed, never made, or are of another type. usage: handles MODULES */
-#include "check.h"
+#include "weights.h"
 
 static int64_t shape[2] = {1, 64};
 static unsigned char packed[32];
 static float absmax[1] = {1}, out[64];
 
 static gq_state *new_state(void) {
-    gq_state_desc desc = GQ_STATE_DESC_INIT;
-    desc.format = GQ_FORMAT_NF4;
-    desc.dtype = GQ_F32;
-    desc.blocksize = 64;
-    desc.shape = GQ_ADDR(shape);
-    desc.ndim = 2;
-    desc.parts.packed = GQ_ADDR(packed);
-    desc.parts.packed_bytes = sizeof packed;
-    desc.parts.absmax = GQ_ADDR(absmax);
-    desc.parts.absmax_bytes = sizeof absmax;
-    gq_state *state = NULL;
-    OK(gq_state_create(&desc, &state));
-    CHECK(state != NULL, "no state");
-    return state;
+    return nf4_state(shape, 2, packed, sizeof packed, absmax, sizeof absmax);
 }
 
 /* No function accepts what is no state. */

@@ -1,6 +1,7 @@
 /* Handles that are freed leave nothing: no memory, no file descriptor. GQUANT_LONG=1 in the environment makes ten times as many.
  * usage: leaks MODULES */
 #include "golden.h"
+#include "weights.h"
 
 #include <dirent.h>
 #include <unistd.h>
@@ -27,19 +28,7 @@ static unsigned char packed[256];
 static float absmax[8];
 
 static void one_state(void) {
-    gq_state_desc desc = GQ_STATE_DESC_INIT;
-    desc.format = GQ_FORMAT_NF4;
-    desc.dtype = GQ_F32;
-    desc.blocksize = 64;
-    desc.shape = GQ_ADDR(shape);
-    desc.ndim = 2;
-    desc.parts.packed = GQ_ADDR(packed);
-    desc.parts.packed_bytes = sizeof packed;
-    desc.parts.absmax = GQ_ADDR(absmax);
-    desc.parts.absmax_bytes = sizeof absmax;
-    gq_state *state = NULL;
-    OK(gq_state_create(&desc, &state));
-    OK(gq_state_free(state));
+    OK(gq_state_free(nf4_state(shape, 2, packed, sizeof packed, absmax, sizeof absmax)));
 }
 
 /* A model, a state with memory of its own, and failures on the way: also they must free what they made. */

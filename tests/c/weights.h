@@ -36,4 +36,22 @@ static inline void fill_weights(float *weight, int64_t n) {
     }
 }
 
+/* An NF4 weight in float32, in blocks of 64, over buffers of the caller. */
+static inline gq_state *nf4_state(const int64_t *shape, int32_t ndim, const void *packed, size_t packed_bytes, const float *absmax, size_t absmax_bytes) {
+    gq_state_desc desc = GQ_STATE_DESC_INIT;
+    desc.format = GQ_FORMAT_NF4;
+    desc.dtype = GQ_F32;
+    desc.blocksize = 64;
+    desc.shape = GQ_ADDR(shape);
+    desc.ndim = ndim;
+    desc.parts.packed = GQ_ADDR(packed);
+    desc.parts.packed_bytes = packed_bytes;
+    desc.parts.absmax = GQ_ADDR(absmax);
+    desc.parts.absmax_bytes = absmax_bytes;
+    gq_state *state = NULL;
+    OK(gq_state_create(&desc, &state));
+    CHECK(state != NULL, "no state");
+    return state;
+}
+
 #endif

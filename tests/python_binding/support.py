@@ -30,6 +30,16 @@ def vectors(name):
         return {key: f.get_tensor(key) for key in f.keys()}
 
 
+def modules():
+    """State dicts that bitsandbytes' layers saved, by the case's name."""
+    cases = {}
+    for name, tensor in vectors("modules").items():
+        case, _, key = name.partition(".weight") if ".weight" in name else name.rpartition(".")
+        cases.setdefault(case, {})["weight" + key if ".weight" in name else key] = tensor
+    del cases["int8"]
+    return cases
+
+
 def save(tensors, path, metadata=None):
     from safetensors.torch import save_file
 

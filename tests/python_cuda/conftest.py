@@ -59,10 +59,4 @@ def F():
 
 @pytest.fixture(scope="session")
 def modules():
-    """State dicts that bitsandbytes' layers saved, by the case's name."""
-    cases = {}
-    for name, tensor in support.vectors("modules").items():
-        case, _, key = name.partition(".weight") if ".weight" in name else name.rpartition(".")
-        cases.setdefault(case, {})["weight" + key if ".weight" in name else key] = tensor
-    del cases["int8"]
-    return cases
+    return support.modules()
