@@ -132,13 +132,13 @@ bench: $(GQUANT) lib/libgquant.so $(VENV)
 	$(PY) tests/bench/bench.py $(BENCH)
 
 # ---- on a GPU: a machine that may have no Go, with what another one built. Its python has torch, safetensors, pytest, and for comparison
-# bitsandbytes.
+# bitsandbytes. cuBLASLt is torch's, unless GQUANT_CUBLASLT names another.
 
 CUDA_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 test-cuda:
 	@[ -f lib/libgquant.so -a -d build/cmake/tests/c ] || { echo "make test-cuda runs what \"make lib ctest\" built; that is not there" >&2; exit 1; }
-	LD_LIBRARY_PATH=$(CURDIR)/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} tests/c/run_cuda.sh build/cmake/tests/c tests/vectors/bitsandbytes
+	GQUANT_CUBLASLT=$${GQUANT_CUBLASLT-$$($(CUDA_PYTHON) tests/c/find_cublaslt.py)} LD_LIBRARY_PATH=$(CURDIR)/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} tests/c/run_cuda.sh build/cmake/tests/c tests/vectors/bitsandbytes
 	GQUANT_LIBRARY=$(CURDIR)/lib/libgquant.so $(CUDA_PYTHON) -m pytest -q -rs tests/python_cuda
 
 bench-cuda:

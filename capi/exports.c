@@ -125,6 +125,12 @@ gq_status gq_dequantize_range(gq_state *state, int64_t first, int64_t count, gq_
     return gq_guard_forked ? refuse("gq_dequantize_range") : go_gq_dequantize_range(state, first, count, out, out_bytes, dtype, exec);
 }
 
+gq_status gq_linear_workspace_size(gq_state *state, int64_t m, gq_dtype dtype, const gq_exec *exec, uint64_t *bytes, int32_t *packed) {
+    if (bytes) *bytes = 0;
+    if (packed) *packed = 0;
+    return gq_guard_forked ? refuse("gq_linear_workspace_size") : go_gq_linear_workspace_size(state, m, dtype, exec, bytes, packed);
+}
+
 gq_status gq_linear(gq_state *state, gq_addr x, int64_t m, gq_dtype dtype, gq_addr bias, gq_addr y, const gq_exec *exec) {
     return gq_guard_forked ? refuse("gq_linear") : go_gq_linear(state, x, m, dtype, bias, y, exec);
 }

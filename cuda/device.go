@@ -26,10 +26,12 @@ type Device struct {
 	preparing sync.Mutex
 	prepared  atomic.Bool
 	modules   map[string]unsafe.Pointer // by image, as far as loaded
-	functions [kernelCount]C.gq_function
-	tables    uint64 // device memory: see table
+	functions []C.gq_function           // by kernel
+	tables    uint64                    // device memory: see table
+	table     *Table                    // of linear layers
 
 	workers []*ringWorker // kept for loading, guarded by loading
+	library library       // for products
 }
 
 // maxDevices is more than a machine has.
@@ -59,7 +61,7 @@ func Open(ordinal int) (*Device, error) {
 	if d := devices[ordinal].Load(); d != nil {
 		return d, nil
 	}
-	d := &Device{Ordinal: ordinal, modules: map[string]unsafe.Pointer{}}
+	d := &Device{Ordinal: ordinal, modules: map[string]unsafe.Pointer{}, functions: make([]C.gq_function, len(kernels))}
 	if err := failed(C.gq_cu_retain(C.int(ordinal), &d.context), "starting CUDA device %d", ordinal); err != nil {
 		return nil, err
 	}
@@ -127,19 +129,24 @@ func (d *Device) Prepare() error {
 		return err
 	}
 	for k, l := range kernels {
-		if l.name == "" || l.image == "linear" && !d.hasLinear() {
+		linear := strings.HasPrefix(l.image, "linear")
+		if l.name == "" || linear && !d.hasLinear() || l.image == "linear_hopper" && !d.hasHopper() {
 			continue
 		}
 		if err := d.find(kernel(k), l); err != nil {
 			return err
 		}
-		if l.image == "linear" {
+		if linear {
 			if err := failed(C.gq_cu_allow_shared(d.context, d.functions[k], d.about.shared_memory), "allowing kernel %s shared memory on CUDA device %d", l.name, d.Ordinal); err != nil {
 				return err
 			}
 		}
 	}
 	if err := d.makeTables(); err != nil {
+		return err
+	}
+	var err error
+	if d.table, err = findTable(int(d.about.major), int(d.about.minor)); err != nil {
 		return err
 	}
 	d.prepared.Store(true)

@@ -20,6 +20,11 @@ struct launch {
     unsigned count;
 };
 
+// CUtensorMap.
+struct tensor_map {
+    _Alignas(64) char opaque[128];
+};
+
 // From the driver's documentation: the functions by the names that its library exports, and the numbers that they take.
 #define FUNCTIONS(F)                                                                                                                 \
     F(Init, cuInit, (unsigned))                                                                                                      \
@@ -39,6 +44,8 @@ struct launch {
     F(ModuleGetFunction, cuModuleGetFunction, (gq_function *, void *, const char *))                                                 \
     F(FuncSetAttribute, cuFuncSetAttribute, (gq_function, int, int))                                                                 \
     F(LaunchKernelEx, cuLaunchKernelEx, (const struct launch *, gq_function, void **, void **))                                      \
+    F(TensorMapEncodeTiled, cuTensorMapEncodeTiled,                                                                                  \
+      (struct tensor_map *, int, unsigned, uint64_t, const uint64_t *, const uint64_t *, const unsigned *, const unsigned *, int, int, int, int)) \
     F(LaunchKernel, cuLaunchKernel,                                                                                                  \
       (gq_function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, gq_stream, void **, void **))              \
     F(MemAlloc, cuMemAlloc_v2, (uint64_t *, size_t))                                                                                 \
@@ -72,6 +79,12 @@ enum {
     POINTER_MEMORY_TYPE = 2,
     POINTER_DEVICE_ORDINAL = 9,
     MEMORY_DEVICE = 2,
+    MAP_UINT8 = 0,
+    MAP_UINT16 = 1,
+    MAP_PLAIN = 0,       // not interleaved; zeros where the box is outside
+    MAP_SWIZZLE_64 = 2,
+    MAP_SWIZZLE_128 = 3,
+    MAP_PROMOTE_256 = 3, // reads into L2 are of 256 bytes
     INVALID_VALUE = 1, // the result code for an address that the driver does not know
 };
 
@@ -149,8 +162,7 @@ int gq_cu_retain(int ordinal, gq_context *context) {
     return code ? code : cu.DevicePrimaryCtxRetain(context, device);
 }
 
-// Whether the context had to be pushed; below 0 is a result code, negated.
-static int enter(gq_context c) {
+int gq_cu_enter(gq_context c) {
     gq_context current = NULL;
     int code = cu.CtxGetCurrent(&current);
     if (code == 0 && current == c) return 0;
@@ -158,27 +170,27 @@ static int enter(gq_context c) {
     return code ? -code : 1;
 }
 
-static void leave(int entered) {
+void gq_cu_leave(int entered) {
     gq_context popped;
     if (entered > 0) cu.CtxPopCurrent(&popped);
 }
 
 // IN(context, call) runs a call of the driver in a context and gives its result.
 #define IN(c, call)                      \
-    const int entered = enter(c);        \
+    const int entered = gq_cu_enter(c);        \
     if (entered < 0) return -entered;    \
     const int result = cu.call;          \
-    leave(entered);                      \
+    gq_cu_leave(entered);                      \
     return result
 
 int gq_cu_load(gq_context c, const void *image, void **module) { IN(c, ModuleLoadData(module, image)); }
 
 int gq_cu_function(gq_context c, void *module, const char *name, gq_function *function) {
-    const int entered = enter(c);
+    const int entered = gq_cu_enter(c);
     if (entered < 0) return -entered;
     int code = cu.ModuleGetFunction(function, module, name);
     if (code == 0 && cu.FuncLoad) code = cu.FuncLoad(*function);
-    leave(entered);
+    gq_cu_leave(entered);
     return code;
 }
 
@@ -194,6 +206,26 @@ int gq_cu_launch_shared(gq_context c, gq_function f, uint32_t x, uint32_t thread
     struct launch_attribute serialization = {LAUNCH_PROGRAMMATIC_SERIALIZATION, {0}, {1}};
     const struct launch launch = {{x, 1, 1}, {threads, 1, 1}, shared, stream, &serialization, early ? 1 : 0};
     IN(c, LaunchKernelEx(&launch, f, parameters, NULL));
+}
+
+static int encode(struct tensor_map *map, const struct gq_cu_map *m) {
+    static const unsigned every[3] = {1, 1, 1};
+    return cu.TensorMapEncodeTiled(map, m->element == 1 ? MAP_UINT8 : MAP_UINT16, (unsigned)m->dimensions, m->address, m->sizes, m->strides, m->box, every, MAP_PLAIN,
+                                   m->swizzle == 64 ? MAP_SWIZZLE_64 : MAP_SWIZZLE_128, MAP_PROMOTE_256, MAP_PLAIN);
+}
+
+int gq_cu_launch_mapped(gq_context c, gq_function f, const struct gq_cu_map maps[2], uint32_t x, uint32_t threads, uint32_t shared, gq_stream stream, void *args) {
+    struct tensor_map encoded[2];
+    void *parameters[] = {&encoded[0], &encoded[1], args};
+    struct launch_attribute serialization = {LAUNCH_PROGRAMMATIC_SERIALIZATION, {0}, {1}};
+    const struct launch launch = {{x, 1, 1}, {threads, 1, 1}, shared, stream, &serialization, 1};
+    const int entered = gq_cu_enter(c);
+    if (entered < 0) return -entered;
+    int code = encode(&encoded[0], &maps[0]);
+    if (code == 0) code = encode(&encoded[1], &maps[1]);
+    if (code == 0) code = cu.LaunchKernelEx(&launch, f, parameters, NULL);
+    gq_cu_leave(entered);
+    return code;
 }
 
 int gq_cu_alloc(gq_context c, uint64_t bytes, uint64_t *address) { IN(c, MemAlloc(address, bytes)); }
@@ -214,14 +246,14 @@ int gq_cu_zero(gq_context c, uint64_t address, size_t bytes, gq_stream stream) {
 
 int gq_cu_is_on_device(gq_context c, uint64_t address, int ordinal, const char **what, int *other) {
     int type = 0;
-    const int entered = enter(c);
+    const int entered = gq_cu_enter(c);
     *other = -1;
     *what = "host memory that the driver does not know";
     if (entered < 0) return entered;
     int code = cu.PointerGetAttribute(&type, POINTER_MEMORY_TYPE, address);
     if (code == 0 && type != MEMORY_DEVICE) *what = "pinned host memory";
     if (code == 0 && type == MEMORY_DEVICE) code = cu.PointerGetAttribute(other, POINTER_DEVICE_ORDINAL, address);
-    leave(entered);
+    gq_cu_leave(entered);
     if (code != 0 && code != INVALID_VALUE) return -code;
     if (code == 0 && type == MEMORY_DEVICE && *other != ordinal) *what = "memory of device";
     return code == 0 && type == MEMORY_DEVICE && *other == ordinal;

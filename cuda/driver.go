@@ -9,6 +9,7 @@ package cuda
 
 // #cgo LDFLAGS: -ldl -lpthread
 // #include "driver.h"
+// #include "cublaslt.h"
 import "C"
 
 import (
@@ -17,7 +18,7 @@ import (
 	"sync"
 )
 
-// Error is what the driver answered.
+// Error is what the driver answered, or cuBLASLt, whose codes are negated.
 type Error struct {
 	Code       int
 	Name, Text string
@@ -38,7 +39,7 @@ const (
 // OutOfMemory says whether the device, or memory for it, was full.
 func OutOfMemory(err error) bool {
 	var e *Error
-	return errors.As(err, &e) && e.Code == outOfMemory
+	return errors.As(err, &e) && (e.Code == outOfMemory || e.Code == allocationFailed)
 }
 
 // Unavailable is why a device cannot be used at all: no driver, one that is too old, no kernels for it.
@@ -51,13 +52,17 @@ func unavailable(format string, args ...any) error { return Unavailable{fmt.Erro
 // NoDevice is an ordinal that no device has.
 type NoDevice struct{ error }
 
-// failed makes an error of a result code; nil of 0.
+// failed makes an error of a result code of the driver, or a negated one of cuBLASLt; nil of 0.
 func failed(code C.int, doing string, args ...any) error {
 	if code == 0 {
 		return nil
 	}
 	var name, text *C.char
-	C.gq_cu_error(code, &name, &text)
+	if code > 0 {
+		C.gq_cu_error(code, &name, &text)
+	} else {
+		C.gq_lt_error(-code, &name, &text)
+	}
 	return &Error{int(code), C.GoString(name), C.GoString(text), fmt.Sprintf(doing, args...)}
 }
 

@@ -27,6 +27,10 @@ struct gq_cu_device {
 int gq_cu_describe(int ordinal, struct gq_cu_device *device);
 int gq_cu_retain(int ordinal, gq_context *context); // the primary context
 
+// Makes a context current for calls of other libraries: whether it had to be pushed, which leave takes; below 0 is a result code, negated.
+int gq_cu_enter(gq_context c);
+void gq_cu_leave(int entered);
+
 int gq_cu_load(gq_context c, const void *image, void **module);
 int gq_cu_function(gq_context c, void *module, const char *name, gq_function *function);
 int gq_cu_launch(gq_context c, gq_function f, uint32_t x, uint32_t y, uint32_t threads, gq_stream stream, void *args);
@@ -34,6 +38,15 @@ int gq_cu_launch(gq_context c, gq_function f, uint32_t x, uint32_t y, uint32_t t
 // ended, and waits for that itself.
 int gq_cu_allow_shared(gq_context c, gq_function f, int bytes);
 int gq_cu_launch_shared(gq_context c, gq_function f, uint32_t x, uint32_t threads, uint32_t shared, int early, gq_stream stream, void *args);
+// A matrix, or one split in two, of which a kernel copies boxes into shared memory: a CUtensorMap of 1- or 2-byte elements. Sizes and boxes are in
+// elements, the innermost first; strides in bytes, without the innermost; swizzle is 64 or 128 bytes.
+struct gq_cu_map {
+    uint64_t address, sizes[3], strides[2];
+    uint32_t box[3];
+    int dimensions, element, swizzle;
+};
+// As gq_cu_launch_shared, early; the kernel takes two tensor maps before its args.
+int gq_cu_launch_mapped(gq_context c, gq_function f, const struct gq_cu_map maps[2], uint32_t x, uint32_t threads, uint32_t shared, gq_stream stream, void *args);
 
 int gq_cu_alloc(gq_context c, uint64_t bytes, uint64_t *address);
 int gq_cu_free(gq_context c, uint64_t address);

@@ -30,6 +30,7 @@ const (
 	dequantizeRows
 	quantizeRows
 	nonfinite
+	fillBias
 	linear1 // and for 2, 4 and 8 columns of 8 tokens
 	linear2
 	linear4
@@ -38,6 +39,15 @@ const (
 	linear2Nested
 	linear4Nested
 	linear8Nested
+	linearTile32 // and for tiles of 64 and 128 tokens
+	linearTile64
+	linearTile128
+	linearTile32Nested
+	linearTile64Nested
+	linearTile128Nested
+	linearTileSum32
+	linearTileSum64
+	linearTileSum128
 	sum
 )
 
@@ -45,7 +55,7 @@ const (
 	clearOutliers = sum + 1 + iota
 	pack
 	unpack
-	kernelCount
+	hopperFirst // kernels as hopperTiles has them
 )
 
 // kernels says where each kernel is: the image, which has the name of its .cu file, and the kernel's own name.
@@ -53,7 +63,8 @@ var kernels = listKernels()
 
 type location struct{ image, name string }
 
-func listKernels() (list [kernelCount]location) {
+func listKernels() []location {
+	list := make([]location, int(hopperFirst)+3*len(hopperTiles))
 	for k, l := range map[kernel]location{
 		quantizeNF4: {"quantize", "gq_quantize_nf4_*"}, quantizeNF4Plain: {"quantize", "gq_quantize_nf4_*_plain"},
 		quantizeFP4: {"quantize", "gq_quantize_fp4_*"}, quantizeFP4Plain: {"quantize", "gq_quantize_fp4_*_plain"},
@@ -62,17 +73,29 @@ func listKernels() (list [kernelCount]location) {
 		dequantize4Plain: {"dequantize", "gq_dequantize_4_*_plain"},
 		dequantize8:      {"dequantize", "gq_dequantize_8_*"}, dequantize8Plain: {"dequantize", "gq_dequantize_8_*_plain"},
 		dequantizeRows: {"dequantize", "gq_dequantize_rows_*"}, quantizeRows: {"rows", "gq_quantize_rows_*"}, nonfinite: {"statistics", "gq_nonfinite_*"},
+		fillBias: {"bias", "gq_bias_*"},
 	} {
 		for i, d := range []string{"f32", "f16", "bf16"} {
 			list[k+kernel(i)] = location{l.image, strings.Replace(l.name, "*", d, 1)}
 		}
 	}
-	for i := range 4 {
-		// There is none for F32.
-		for d, name := range map[dtype.DType]string{dtype.F16: "f16", dtype.BF16: "bf16"} {
+	// Of linear layers there is none for F32.
+	for d, name := range map[dtype.DType]string{dtype.F16: "f16", dtype.BF16: "bf16"} {
+		for i, tile := range hopperTiles {
+			list[(hopperFirst + kernel(3*i)).of(d)] = location{"linear_hopper", fmt.Sprintf("gq_linear_hopper_%s_%d", name, tile.tokens)}
+		}
+		for i := range 4 {
 			plain, nested := (linear1 + kernel(3*i)).of(d), (linear1Nested + kernel(3*i)).of(d)
 			list[plain] = location{"linear", fmt.Sprintf("gq_linear_%s_%d", name, 1<<i)}
 			list[nested] = location{"linear", fmt.Sprintf("gq_linear_%s_%d_nested", name, 1<<i)}
+		}
+	}
+	for i, t := range linearTiles {
+		for d, name := range map[dtype.DType]string{dtype.F16: "f16", dtype.BF16: "bf16"} {
+			each := kernel(3 * i)
+			list[(linearTile32 + each).of(d)] = location{"linear_tile", fmt.Sprintf("gq_linear_tile_%s_%d", name, t.tokens)}
+			list[(linearTile32Nested + each).of(d)] = location{"linear_tile", fmt.Sprintf("gq_linear_tile_%s_%d_nested", name, t.tokens)}
+			list[(linearTileSum32 + each).of(d)] = location{"linear_tile", fmt.Sprintf("gq_linear_tile_sum_%s_%d", name, t.tokens)}
 		}
 	}
 	list[sum] = location{"statistics", "gq_sum"}

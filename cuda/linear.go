@@ -5,31 +5,9 @@ package cuda
 import "C"
 
 import (
-	"math/bits"
 	"unsafe"
 
 	"github.com/gquant/gquant/core/dtype"
-)
-
-// LinearTokens is the number of tokens up to which Linear reads the packed weights itself.
-const LinearTokens = 64
-
-// linearWidth is how kernels/linear.cu does so many columns of 8 tokens: the slots of a warp's ring, and the most warps.
-type linearWidth struct{ columns, depth, warps int }
-
-var linearWidths = []linearWidth{
-	{1, C.GQ_LINEAR_DEPTH, C.GQ_LINEAR_WARPS},
-	{2, C.GQ_LINEAR_DEPTH, C.GQ_LINEAR_WARPS},
-	{4, C.GQ_LINEAR_DEPTH, C.GQ_LINEAR_WARPS_WIDE},
-	{8, C.GQ_LINEAR_DEPTH_WIDE, C.GQ_LINEAR_WARPS_WIDE},
-}
-
-// Shared memory of kernels/linear.cu.
-const (
-	linearTables   = 256*C.GQ_LINEAR_ENTRY + 4*256                                        // pairs of values, nested codebook
-	linearSlot     = C.GQ_LINEAR_ROWS * (C.GQ_LINEAR_STEP/2 + 32 + 4*C.GQ_LINEAR_STEP/64) // rows and scales
-	reservedShared = 1024                                                                 // that the system takes of each CTA
-	linearPartial  = 4 * 8 * (C.GQ_LINEAR_ROWS + 4)                                       // of a column of 8 tokens
 )
 
 // Linear is a linear layer with a 4-bit weight: y = x·Wᵀ + bias, x is [M, K], W [N, K], bias [N] or 0, y [M, N], of dtype F16 or BF16.
@@ -37,22 +15,56 @@ type Linear struct {
 	X, Bias, Y uint64
 	DType      dtype.DType
 	M, N, K    int64
+	// Device memory that the layer may use: with LinearWorkspace bytes it is fastest.
+	Workspace, WorkspaceBytes uint64
+}
+
+// A linearKernel computes layers from packed weights.
+type linearKernel interface {
+	// refused says why it cannot compute a layer; "" if it can.
+	refused(d *Device, way Way, w *Weight, l Linear) string
+	// workspace is the number of bytes that it can use.
+	workspace(d *Device, way Way, l Linear) uint64
+	launch(d *Device, s Stream, way Way, w *Weight, l Linear) error
+}
+
+// linearKernels by their names in tables.
+var linearKernels = map[string]linearKernel{"few": few{}, "tile": tile{}, "hopper": hopper{}}
+
+// way is how the table wants a layer to be computed. If its kernel cannot, others may be able to; else it says why not.
+func (d *Device) way(w *Weight, l Linear) (Way, string) {
+	if why := d.unfit(w, l); why != "" {
+		return Way{}, why
+	}
+	chosen, refused := d.table.lookup(l.N, l.K, l.M), "weights of this shape are decoded first for so many rows of x"
+	ways := []Way{chosen, {Kernel: "few"}, {Kernel: "tile"}}
+	if chosen.Kernel == "decode" {
+		ways = nil
+	}
+	for _, way := range ways {
+		why := linearKernels[way.Kernel].refused(d, way, w, l)
+		if why == "" {
+			return way, ""
+		}
+		if way == chosen {
+			refused = why
+		}
+	}
+	return Way{}, refused
 }
 
 // hasLinear says whether the device has what the kernels need: it is no Turing.
 func (d *Device) hasLinear() bool { return d.about.major >= 8 }
 
-// LinearRefused says why Linear cannot do it; "" if it can.
-func (d *Device) LinearRefused(w *Weight, l Linear) string {
+// unfit says why no kernel can compute a layer; "" if one may.
+func (d *Device) unfit(w *Weight, l Linear) string {
 	switch {
 	case w.Format == nil || w.Format.Bits != 4:
 		return "the weight is not nf4 or fp4"
 	case l.DType != dtype.F16 && l.DType != dtype.BF16:
 		return "x is not F16 or BF16"
-	case l.M > LinearTokens:
-		return "x has more than 64 rows"
-	case l.K%C.GQ_LINEAR_STEP != 0 || l.K == 0 || l.K > 1<<24 || l.N > 1<<31:
-		return "the rows of the weight are no multiple of 128 elements"
+	case l.K%64 != 0 || l.K == 0 || l.K > 1<<24 || l.N > 1<<31:
+		return "the rows of the weight are no multiple of 64 elements"
 	case w.Blocksize < 64 || l.K%w.Blocksize != 0:
 		return "the rows of the weight are no whole blocks of 64 elements or more"
 	case w.Packed%16 != 0 || l.X%16 != 0:
@@ -67,34 +79,51 @@ func (d *Device) LinearRefused(w *Weight, l Linear) string {
 	return ""
 }
 
-// Linear computes the layer, if LinearRefused has no objection. Weights are value·absmax in float32, NF4's 16 values rounded; sums
-// are float32, in an order that depends on K and the number of warps alone.
+// LinearRefused says why Linear cannot compute a layer from the packed weight; "" if it can.
+func (d *Device) LinearRefused(w *Weight, l Linear) string {
+	_, why := d.way(w, l)
+	return why
+}
+
+// LinearWorkspace is the number of bytes of workspace with which Linear is fastest.
+func (d *Device) LinearWorkspace(w *Weight, l Linear) uint64 {
+	way, why := d.way(w, l)
+	if why != "" || l.M == 0 || l.N == 0 {
+		return 0
+	}
+	return linearKernels[way.Kernel].workspace(d, way, l)
+}
+
+// Linear computes the layer, if LinearRefused has no objection. Sums are float32, in an order that depends on the shapes and the device alone.
 func (d *Device) Linear(s Stream, w *Weight, l Linear) error {
 	if l.M == 0 || l.N == 0 {
 		return nil
 	}
-	width := linearWidths[bits.Len64(uint64(l.M-1)/8)] // 8 · 2^i tokens
-	perWarp := width.columns*linearPartial + width.depth*linearSlot
-	warps := min(width.warps, (int(d.about.shared_memory)-linearTables)/perWarp, int(l.K/C.GQ_LINEAR_STEP))
-	shared := linearTables + warps*perWarp
-	// As many CTAs as fit, with the same number of tiles or one less each.
-	tiles := ceilDiv(l.N, C.GQ_LINEAR_ROWS)
-	fit := int64(d.about.multiprocessors) * int64((int(d.about.shared_memory)+reservedShared)/(shared+reservedShared))
-	ctas := ceilDiv(tiles, ceilDiv(tiles, fit))
-	args := C.struct_gq_linear_args{
+	way, why := d.way(w, l)
+	if why != "" {
+		return unavailable("%s", why)
+	}
+	return linearKernels[way.Kernel].launch(d, s, way, w, l)
+}
+
+func (d *Device) linearArgs(w *Weight, l Linear) C.struct_gq_linear_args {
+	return C.struct_gq_linear_args{
 		weight: d.weight(w), x: C.uint64_t(l.X), bias: C.uint64_t(l.Bias), y: C.uint64_t(l.Y),
 		m: C.int64_t(l.M), n: C.int64_t(l.N), k: C.int64_t(l.K),
 	}
-	k := linear1
-	if w.Nested {
-		k = linear1Nested
-	}
-	k = (k + kernel(3*bits.TrailingZeros(uint(width.columns)))).of(l.DType)
+}
+
+// launchLinear launches a kernel with shared memory. From Hopper on it starts while the kernel before it ends, for which it waits itself.
+func (d *Device) launchLinear(s Stream, k kernel, ctas int64, threads, shared int, args unsafe.Pointer) error {
 	early := C.int(0)
 	if d.about.major >= 9 {
 		early = 1
 	}
-	code := C.gq_cu_launch_shared(d.context, d.functions[k], C.uint32_t(ctas), C.uint32_t(32*warps), C.uint32_t(shared), early, s.handle(), unsafe.Pointer(&args))
+	return d.launched(k, C.gq_cu_launch_shared(d.context, d.functions[k], C.uint32_t(ctas), C.uint32_t(threads), C.uint32_t(shared), early, s.handle(), args))
+}
+
+// launched is the error of a launch.
+func (d *Device) launched(k kernel, code C.int) error {
 	if code == 0 {
 		return nil
 	}

@@ -109,7 +109,7 @@ GQ_API const char *gq_last_error(void);
 GQ_API const char *gq_version(void);
 
 /* Version of this interface. It grows by 1 when something is added; GQ_ABI_VERSION is this header's. */
-#define GQ_ABI_VERSION 2
+#define GQ_ABI_VERSION 3
 GQ_API int32_t gq_abi_version(void);
 
 /* How the library was built and what it runs on, as JSON: version, go, cpu level, and the CUDA architectures that it has kernels
@@ -341,14 +341,37 @@ GQ_API gq_status gq_dequantize(gq_state *state, gq_addr out, size_t out_bytes, g
 GQ_API gq_status gq_dequantize_range(gq_state *state, int64_t first, int64_t count, gq_addr out, size_t out_bytes, gq_dtype dtype,
                                      const gq_exec *exec);
 
-/* The linear layer y = x · Wᵀ + bias with the 4-bit weight W [n, k] of a state, packed as it is: x is [m, k], bias [n] or 0, y [m, n], all
- * contiguous, of one dtype. Sums are float32, in a fixed order; a weight is its value times absmax in float32, on a device with
- * NF4's 16 values rounded (by 0.0008 in GQ_BF16, 0.00008 in GQ_F16).
+/* What gq_linear does on a device with m rows of x, and the workspace with which it is fastest; bytes or packed may be NULL.
  *
- * CPU: GQ_F32, GQ_F16 or GQ_BF16, any m, k and blocksize.
- * Device: GQ_F16 or GQ_BF16, m up to 64, blocksizes from 64 on, k a multiple of 128 and of the blocksize, x, the codes and absmax
- * aligned to 16 bytes, Ampere or newer. Else UNSUPPORTED says why: decode with gq_dequantize and multiply with what you have.
- * INVALID_ARGUMENT if the state has no 2 dimensions or is on another device than exec says. */
+ * *packed is 1 where it multiplies with the packed weight (always so on the CPU). *bytes is then room for sums that are shared between
+ * multiprocessors, often 0; with less it is slower. Where *packed is 0 the weight is decoded in slabs of rows, each 32 to 64 MB of elements of
+ * dtype or the whole weight if that is less, and 32 MiB (before Hopper 4 MiB) are cuBLASLt's own. gq_linear takes less, down to room for 128
+ * rows (or all if there are fewer), and is slower then; what is more makes slabs larger, up to the whole weight.
+ *
+ * x, bias and y are taken to be aligned to 16 bytes: if they are not, gq_linear may decode where this says that it does not, and its
+ * message says how much workspace it needs. exec's own workspace is not looked at. The first call that asks for the bytes where the weight is
+ * decoded loads libcublasLt, which takes a while and allocates memory; afterwards gq_linear can be captured in a graph. UNSUPPORTED if it is not
+ * there, as for gq_linear. */
+GQ_API gq_status gq_linear_workspace_size(gq_state *state, int64_t m, gq_dtype dtype, const gq_exec *exec, uint64_t *bytes,
+                                          int32_t *packed);
+
+/* The linear layer y = x · Wᵀ + bias with the 4-bit weight W [n, k] of a state, packed as it is: x is [m, k], bias [n] or 0, y [m, n], all
+ * contiguous, of one dtype, GQ_F32, GQ_F16 or GQ_BF16. Sums are float32 and have a fixed order.
+ *
+ * CPU: a weight is its value times absmax in float32.
+ * Device, GQ_F16 or GQ_BF16, blocksizes from 64 on, k a multiple of 64 and of the blocksize, x, the codes and absmax aligned to 16 bytes, Ampere or
+ * newer, up to as many rows as a table says that was measured for the architecture (`gquant tune` makes one; GQUANT_TUNE in the
+ * environment names another): the packed weight is multiplied with. With few rows weights are values times absmax in float32, the 16 values
+ * rounded (NF4's by 0.0008 in GQ_BF16, 0.00008 in GQ_F16); with more, the product is rounded to dtype as well.
+ * Device, all else: the weight is decoded to dtype, as by gq_dequantize, and cuBLASLt multiplies, without TF32; it may round a
+ * sum to dtype before it adds the bias. The sums' order depends
+ * on the size of the workspace and the alignment of addresses too. exec->workspace is at an address divisible by 16; see
+ * gq_linear_workspace_size. libcublasLt.so.13 or .12 is found where the process has it already (torch brings one) or the system looks for
+ * libraries, or where GQUANT_CUBLASLT in the environment says.
+ *
+ * INVALID_ARGUMENT if the workspace is too small, with the bytes that are needed, if the state has no 2 dimensions, or is on another
+ * device than exec says. UNSUPPORTED if libcublasLt is needed and not there, or cannot do it, or x, y or bias is not aligned to its
+ * elements: decode with gq_dequantize and multiply with what you have. */
 GQ_API gq_status gq_linear(gq_state *state, gq_addr x, int64_t m, gq_dtype dtype, gq_addr bias, gq_addr y, const gq_exec *exec);
 
 /* ---- models ------------------------------------------------------------------------------------------------------------ */

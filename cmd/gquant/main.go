@@ -79,7 +79,7 @@ func root() *cobra.Command {
 			return c.Help()
 		},
 	}
-	c.AddCommand(convertCommand(), planCommand(), inspectCommand(), verifyCommand(), diffCommand(), dequantizeCommand(), devicesCommand(), versionCommand())
+	c.AddCommand(convertCommand(), planCommand(), inspectCommand(), verifyCommand(), diffCommand(), dequantizeCommand(), devicesCommand(), tuneCommand(), versionCommand())
 	c.SetGlobalNormalizationFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
 		return pflag.NormalizedName(strings.ReplaceAll(name, "-", "_")) // --block-size is --block_size
 	})

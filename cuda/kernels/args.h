@@ -56,6 +56,57 @@ struct gq_linear_args {
     int64_t m, n, k;
 };
 
+// The same for more tokens; k is a multiple of GQ_TILE_STEP. A tile is GQ_TILE_ROWS of W and 32, 64 or 128 tokens; it takes k / GQ_TILE_STEP
+// steps. The steps of all tiles, one behind another, are divided among CTAs.
+enum {
+    GQ_TILE_ROWS = 256,
+    GQ_TILE_THREADS = 256,
+    GQ_TILE_STEP = 64,
+    GQ_TILE_ENTRY = 128, // bytes of an entry of the table of pairs
+    GQ_TILE_TABLES = 256 * GQ_TILE_ENTRY + 4 * 256 + 128, // bytes of shared memory before the rings: also the nested codebook and offset
+    GQ_TILE_DEPTH = 6, // slots of the ring of tokens at most, 2 at least; the ring of weights has one more
+};
+struct gq_linear_tile_args {
+    struct gq_linear_args linear;
+    uint64_t workspace; // for partial sums in float32: two tiles for each CTA
+    int64_t ctas;       // no more than there are grains
+    int64_t grain;      // steps that are not divided: 1, or all steps of a tile, which needs no workspace
+    int32_t depth;
+};
+
+// The same for many tokens on Hopper, in tiles of GQ_HOPPER_ROWS rows of W and some tokens: tile i has rows from i / tiles_of_tokens ·
+// GQ_HOPPER_ROWS on and tokens from i % tiles_of_tokens · tokens on, and `steps` steps along k. k is a multiple of GQ_HOPPER_STEP and the blocksize.
+enum {
+    GQ_HOPPER_ROWS = 128,
+    GQ_HOPPER_STEP = 128,
+    GQ_HOPPER_THREADS = 384,
+};
+struct gq_hopper_args {
+    struct gq_linear_args linear;
+    uint64_t partial, flags; // for tiles that are dealt out: per CTA the sums of a tile in float32, and a uint64
+    uint64_t launch;         // a number that no launch before had, and memory is unlikely to have
+    uint32_t tiles, tiles_of_tokens, steps;
+    uint32_t dealt; // tiles that CTAs share by k, the first
+};
+// The kernels: tokens of a tile, slots of x (64 elements of k) and of W (a step), tokens of y that are staged at a time, bytes of an entry of the table.
+#define GQ_HOPPER_TILES(TILE)  \
+    TILE(16, 8, 8, 16, 256)    \
+    TILE(32, 8, 8, 32, 256)    \
+    TILE(64, 8, 7, 64, 256)    \
+    TILE(96, 6, 6, 32, 256)    \
+    TILE(128, 5, 5, 32, 256)   \
+    TILE(192, 4, 4, 32, 256)   \
+    TILE(256, 4, 4, 32, 128)
+#define GQ_HOPPER_SHARED(tokens, x, w, staged, entry)                                                                                  \
+    ((x) * (tokens) * 128 + (w) * GQ_HOPPER_ROWS * (GQ_HOPPER_STEP / 2 + GQ_HOPPER_STEP / 8) + (staged) * (GQ_HOPPER_ROWS * 2 + 16) + \
+     256 * (entry) + ((x) + (w)) * 16)
+
+// Every row of y [m, n] becomes bias [n].
+struct gq_bias_args {
+    uint64_t bias, y;
+    int64_t m, n;
+};
+
 // out[i] is the sum of in[i·GQ_SUM_SPAN … (i+1)·GQ_SUM_SPAN), added pairwise; divided by count if that is not 0.
 enum { GQ_SUM_SPAN = 4096 };
 struct gq_sum_args {

@@ -10,6 +10,7 @@
 #include "common.cuh"
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800 // Turing has no mma of this shape, nor cp.async
+#include "linear.cuh"
 
 // ---- constants
 
@@ -22,27 +23,6 @@ static constexpr int ENTRY_BYTES = GQ_LINEAR_ENTRY;  // of the table: 32 copies 
 static constexpr int TABLE_BYTES = 256 * ENTRY_BYTES;
 
 // ---- instructions
-
-static DEVICE void mma(BF16, float d[4], const u32 a[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-static DEVICE void mma(F16, float d[4], const u32 a[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-static DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-// Of what no longer changes, so that the compiler may load it whenever it likes.
-static DEVICE u32 load_constant_shared(u32 address) {
-    u32 r;
-    asm("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(address));
-    return r;
-}
 
 static DEVICE uint2 load_shared2(u32 address) {
     uint2 r;
@@ -64,60 +44,6 @@ static DEVICE float load_shared_float(u32 address) {
 }
 
 static DEVICE void store_shared(u32 address, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory"); }
-
-static DEVICE void copy16(u32 to, const void *from) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory"); }
-// 4, 8 or 16 bytes that other warps will read the neighbours of.
-template <int BYTES> static DEVICE void copy(u32 to, const void *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES) : "memory");
-}
-static DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most PENDING of this thread's groups of copies are under way.
-template <int PENDING> static DEVICE void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
-
-#if __CUDA_ARCH__ >= 900
-static DEVICE void prefetch(const void *p, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
-}
-static DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
-static DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-#endif
-
-// ---- the table: at byte · ENTRY_BYTES + lane · 4 is the pair of values of a byte. With entries of 256 bytes one PRMT makes an address.
-
-// In the table values are times a factor, for which the scales make up. FP4's are multiples of 1/12, and 12 times a value needs no rounding.
-// For NF4 it is the factor for which rounding to the dtype changes normal weights least: by 0.00078 of them in bf16, instead of 0.00136
-// without (found by trying 1 … 2 in steps of 1/8192).
-static DEVICE float table_factor(BF16, int format) { return format == GQ_FP4 ? 12.0f : 1.436767578125f; }
-static DEVICE float table_factor(F16, int format) { return format == GQ_FP4 ? 12.0f : 1.3662109375f; }
-
-template <class T> static DEVICE void fill_table(u8 *table, int format) {
-    const float *values = VALUES[format - GQ_NF4], factor = table_factor(T(), format);
-    for (int b = threadIdx.x; b < 256; b += blockDim.x) {
-        const u32 pair = T::narrow2(values[b >> 4] * factor, values[b & 15] * factor); // the first of two is in the high nibble
-        const uint4 four = make_uint4(pair, pair, pair, pair);
-        // Each lane starts at another bank.
-#pragma unroll
-        for (int j = 0; j < 8; j++) *(uint4 *)(table + b * ENTRY_BYTES + ((j + threadIdx.x) & 7) * 16) = four;
-    }
-}
-
-// The pair of byte BYTE of a word. lane_offset is lane · 4; table lies at the start of shared memory's 64 KiB, in whose address it is added.
-template <int BYTE> static DEVICE u32 pair(u32 table, u32 word, u32 lane_offset) {
-    u32 offset;
-    if (ENTRY_BYTES == 256)
-        asm("prmt.b32 %0, %1, %2, %3;" : "=r"(offset) : "r"(word), "r"(lane_offset), "n"(0x5504 | BYTE << 4)); // lane_offset, BYTE, 0, 0
-    else
-        offset = ((BYTE == 0 ? word << 7 : word >> (8 * BYTE - 7)) & 0x7f80) | lane_offset;
-    return load_constant_shared(table + offset);
-}
-
-// The 16-row operand of an mma: bytes BYTE and BYTE + 1 of a word of row g and of one of row g + 8.
-template <int BYTE> static DEVICE void operand(u32 a[4], u32 table, u32 p0, u32 p1, u32 lane_offset) {
-    a[0] = pair<BYTE>(table, p0, lane_offset);
-    a[1] = pair<BYTE>(table, p1, lane_offset);
-    a[2] = pair<BYTE + 1>(table, p0, lane_offset);
-    a[3] = pair<BYTE + 1>(table, p1, lane_offset);
-}
 
 // ---- a slot of a warp's ring: 32 rows for STEPS steps along k
 
@@ -188,8 +114,8 @@ template <bool NESTED> struct Loader {
     // Puts the nested statistics of the slot that was started last into it.
     DEVICE void finish() {
 #pragma unroll
-        for (int i = 0; i < (NESTED && slot ? VALUES_PER_LANE : 0); i++) // as in dequantizing: the product is bitsandbytes', the sum torch's
-            store_shared(slot + SCALES + (threadIdx.x % 32 + 32 * i) * 4, mul_ftz(nested_codebook[code[i]], absmax[i]) + offset);
+        for (int i = 0; i < (NESTED && slot ? VALUES_PER_LANE : 0); i++)
+            store_shared(slot + SCALES + (threadIdx.x % 32 + 32 * i) * 4, nested_absmax(nested_codebook[code[i]], absmax[i], offset));
         slot = 0;
     }
 };
@@ -237,8 +163,8 @@ static DEVICE void multiply(float sum[TILES][COLUMNS][4], u32 slot, const u16 *c
             for (int half = 0; half < 2; half++) { // 8 of the 16 weights, 4 for each mma
                 const u32 p0 = half ? w0.y : w0.x, p1 = half ? w1.y : w1.x;
                 u32 low[4], high[4];
-                operand<0>(low, table, p0, p1, lane_offset);
-                operand<2>(high, table, p0, p1, lane_offset);
+                operand<ENTRY_BYTES, 0>(low, table, p0, p1, lane_offset);
+                operand<ENTRY_BYTES, 2>(high, table, p0, p1, lane_offset);
 #pragma unroll
                 for (int c = 0; c < COLUMNS; c++) {
                     mma(T(), d[c], low, v[c][half].x, v[c][half].y);
@@ -276,7 +202,7 @@ template <class T, int COLUMNS, int DEPTH, bool NESTED> static DEVICE void linea
     if (threadIdx.x == 0 && (int64_t)(next.tile + 1) * HEIGHT <= a.n)
         prefetch(pointer<const u8>(a.weight.packed) + (int64_t)next.tile * HEIGHT * (a.k / 2), (u32)(HEIGHT * a.k / 2));
 #endif
-    fill_table<T>(shared, a.weight.format);
+    fill_table<T, ENTRY_BYTES>(shared, a.weight.format, threadIdx.x, blockDim.x);
 #if __CUDA_ARCH__ >= 900
     wait_for_kernel_before();
 #endif

@@ -10,6 +10,7 @@ enum kind {
     INPUT,  /* address, pointer or text that must not be NULL */
     RESULT, /* buffer of .bytes that is written; untouched after a failure */
     OUT,    /* out-parameter of .bytes; 0 after a failure */
+    MAY,    /* the same, but it may be NULL */
     COUNT,  /* must be what it is */
     LENGTH, /* the same, but one less may do: two elements share a byte */
     NDIM,
@@ -76,6 +77,7 @@ CALL(state_get_desc, P(gq_state, 0), P(gq_state_desc, 1))
 CALL(state_json, P(gq_state, 0), P(char, 1), (size_t)a[2], P(size_t, 3))
 CALL(dequantize, P(gq_state, 0), a[1], (size_t)a[2], I32(3), NULL)
 CALL(dequantize_range, P(gq_state, 0), I64(1), I64(2), a[3], (size_t)a[4], I32(5), NULL)
+CALL(linear_workspace_size, P(gq_state, 0), I64(1), I32(2), NULL, P(uint64_t, 3), P(int32_t, 4))
 CALL(linear, P(gq_state, 0), a[1], I64(2), I32(3), a[4], a[5], NULL)
 CALL(load_model, P(const char, 0), NULL, P(gq_model *, 1))
 CALL(model_tensor_count, P(gq_model, 0), P(int64_t, 1))
@@ -136,7 +138,7 @@ static void fails(const struct function *f, int k, uint64_t value) {
     for (int i = 0; f->arguments[i].kind != NONE; i++) {
         const struct argument *argument = &f->arguments[i];
         a[i] = i == k ? value : argument->value;
-        if (a[i] != 0 && i != k && (argument->kind == RESULT || argument->kind == OUT))
+        if (a[i] != 0 && i != k && (argument->kind == RESULT || argument->kind == OUT || argument->kind == MAY))
             memset((void *)(uintptr_t)a[i], FILL, argument->bytes);
     }
     const struct argument *changed = &f->arguments[k];
@@ -156,7 +158,7 @@ static void fails(const struct function *f, int k, uint64_t value) {
         if (argument->kind == RESULT)
             CHECK(all((void *)(uintptr_t)a[i], argument->bytes, FILL), "%s, %s = %lld: %s was written", f->name, changed->name,
                   (long long)value, argument->name);
-        if (argument->kind == OUT)
+        if (argument->kind == OUT || argument->kind == MAY)
             CHECK(all((void *)(uintptr_t)a[i], argument->bytes, 0), "%s, %s = %lld: %s is not 0", f->name, changed->name,
                   (long long)value, argument->name);
     }
@@ -445,6 +447,9 @@ int main(int argc, char **argv) {
         {"gq_dequantize_range", call_dequantize_range,
          {{HANDLE, "state", GQ_ADDR(state), 0}, {OFFSET, "first", 17, 0}, {COUNT, "count", N - 17, 0},
           BUFFER(RESULT, out, sizeof restored - 68), {SIZE, "out_bytes", sizeof restored - 68, 0}, {DTYPE, "dtype", GQ_F32, 0}}},
+        {"gq_linear_workspace_size", call_linear_workspace_size,
+         {{HANDLE, "state", GQ_ADDR(state), 0}, {OFFSET, "m", 2, 0}, {DTYPE, "dtype", GQ_F32, 0}, {MAY, "bytes", GQ_ADDR(&u64), 8},
+          {MAY, "packed", GQ_ADDR(&i32), 4}}},
         {"gq_linear", call_linear,
          {{HANDLE, "state", GQ_ADDR(state), 0}, BUFFER(INPUT, x, 0), {OFFSET, "m", 2, 0}, {DTYPE, "dtype", GQ_F32, 0},
           {FIXED, "bias", GQ_ADDR(absmax), 0}, {RESULT, "y", GQ_ADDR(restored), 2 * ROWS * 4}}},

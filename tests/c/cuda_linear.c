@@ -1,34 +1,12 @@
 /* gq_linear on a device, against sums in float64 on the host: every number of rows, many shapes, formats and blocksizes; and the order of
  * calls on a stream, where a kernel may start before the one that it needs has ended. */
-#include "gpu.h"
-#include "linear.h"
+#include "device_weight.h"
 
 enum { MOST_ROWS = 64 };
 
 static gq_exec exec;
 
-/* ---- weights on the device */
-
-struct device_weight {
-    struct gpu_buffer parts[5];
-    gq_state *state;
-};
-
-/* Copies a weight to the device; its codes lie offset bytes behind a multiple of 256. */
-static void upload(struct device_weight *to, const struct linear_weight *w, size_t offset) {
-    gq_state_desc desc = w->desc;
-    gq_addr *part = &desc.parts.packed; /* address, bytes, address, bytes, … */
-    for (int i = 0; i < 5; i++)
-        if (part[2 * i]) part[2 * i] = gpu_put(&to->parts[i], (void *)(uintptr_t)part[2 * i], (size_t)part[2 * i + 1], i ? 0 : offset);
-    desc.device = 0;
-    desc.struct_size = sizeof desc;
-    OK(gq_state_create(&desc, &to->state));
-}
-
-static void drop(struct device_weight *w) {
-    OK(gq_state_free(w->state));
-    for (int i = 0; i < 5; i++) gpu_drop(&w->parts[i]);
-}
+/* ---- weights as the device has them */
 
 /* The values of the codes. */
 static void code_values(gq_format format, float values[16]) {
@@ -350,19 +328,20 @@ static void streams(void) {
 
 static struct gpu_buffer refused_x, refused_y;
 
-/* One call: its status, a text of its message, and y, which stays. Offsets are those of x, of y and of the codes. */
-static void refused(int64_t k, int64_t blocksize, int64_t m, gq_dtype dtype, size_t x_offset, size_t y_offset, size_t codes_offset, const char *why) {
+/* One call without a workspace: its status, texts of its message, and y, which stays. Offsets are those of x, of y, of the codes and of
+ * absmax. */
+static void refused(int64_t k, int64_t blocksize, int64_t m, gq_dtype dtype, const size_t offsets[4], gq_status want, const char *why, const char *wanted) {
     enum { N = 32 };
     struct linear_weight w = linear_weight(GQ_FORMAT_NF4, N, k, blocksize, 0);
     struct device_weight weight;
     memset(&weight, 0, sizeof weight);
-    upload(&weight, &w, codes_offset);
+    upload_at(&weight, &w, offsets[2], offsets[3]);
     const size_t bytes = (size_t)(m * N) * 4;
-    gpu_place(&refused_x, (size_t)(m * k) * 4, x_offset);
-    gpu_place(&refused_y, bytes, y_offset);
-    STATUS(gq_linear(weight.state, refused_x.address, m, dtype, 0, refused_y.address, &exec), GQ_ERROR_UNSUPPORTED);
+    gpu_place(&refused_x, (size_t)(m * k) * 4, offsets[0]);
+    gpu_place(&refused_y, bytes, offsets[1]);
+    STATUS(gq_linear(weight.state, refused_x.address, m, dtype, 0, refused_y.address, &exec), want);
     SAYS(why);
-    SAYS("gq_dequantize");
+    SAYS(wanted);
     GPU(cuCtxSynchronize());
     const unsigned char *y = gpu_get(&refused_y, why);
     size_t i = 0;
@@ -377,14 +356,21 @@ static void refused(int64_t k, int64_t blocksize, int64_t m, gq_dtype dtype, siz
 }
 
 static void refusals(void) {
-    refused(128, 64, 65, GQ_BF16, 0, 0, 0, "64 rows");
-    refused(192, 64, 4, GQ_BF16, 0, 0, 0, "multiple of 128");
-    refused(128, 32, 4, GQ_F16, 0, 0, 0, "whole blocks");
-    refused(128, 4096, 4, GQ_F16, 0, 0, 0, "whole blocks");
-    refused(128, 64, 4, GQ_F32, 0, 0, 0, "not F16 or BF16");
-    refused(128, 64, 4, GQ_BF16, 2, 0, 0, "16 bytes");
-    refused(128, 64, 4, GQ_BF16, 0, 0, 8, "16 bytes");
-    refused(128, 64, 4, GQ_BF16, 0, 1, 0, "aligned to its elements");
+    static const struct {
+        int64_t k, blocksize, m;
+        gq_dtype dtype;
+        size_t offsets[4];
+        const char *why;
+    } cases[] = {
+        {128, 64, 65, GQ_BF16, {0, 0, 0, 0}, "decoded first"},    {96, 64, 4, GQ_BF16, {0, 0, 0, 0}, "multiple of 64"},
+        {128, 32, 4, GQ_F16, {0, 0, 0, 0}, "whole blocks"},       {128, 4096, 4, GQ_F16, {0, 0, 0, 0}, "whole blocks"},
+        {128, 64, 4, GQ_F32, {0, 0, 0, 0}, "not F16 or BF16"},    {128, 64, 4, GQ_BF16, {2, 0, 0, 0}, "16 bytes"},
+        {128, 64, 4, GQ_BF16, {0, 0, 8, 0}, "16 bytes"},          {128, 64, 4, GQ_BF16, {0, 0, 0, 4}, "absmax is not aligned to 16 bytes"},
+    };
+    static const size_t y_offset[4] = {0, 1, 0, 0};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        refused(cases[i].k, cases[i].blocksize, cases[i].m, cases[i].dtype, cases[i].offsets, GQ_ERROR_INVALID_ARGUMENT, cases[i].why, "exec.workspace, which has 0 bytes");
+    refused(128, 64, 4, GQ_BF16, y_offset, GQ_ERROR_UNSUPPORTED, "aligned to its elements", "gq_dequantize");
     gpu_drop(&refused_x);
     gpu_drop(&refused_y);
 }

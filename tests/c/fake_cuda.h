@@ -2,9 +2,10 @@
 #ifndef FAKE_CUDA_H
 #define FAKE_CUDA_H
 
-#include "check.h"
+#include "weights.h"
 
 #include <dlfcn.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -34,7 +35,7 @@ static void (*fake_hook)(const char *function, int64_t n, void (*hook)(void));
 static const char *const fake_functions[] = {
     "cuInit", "cuDriverGetVersion", "cuGetErrorName", "cuGetErrorString", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName",
     "cuDeviceGetAttribute", "cuDeviceTotalMem_v2", "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxPushCurrent_v2",
-    "cuCtxPopCurrent_v2", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernel",
+    "cuCtxPopCurrent_v2", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuTensorMapEncodeTiled", "cuLaunchKernel",
     "cuLaunchKernelEx", "cuMemAlloc_v2", "cuMemFree_v2", "cuMemHostAlloc", "cuMemFreeHost", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuMemcpyDtoDAsync_v2",
     "cuMemsetD8Async", "cuPointerGetAttribute", "cuStreamCreate", "cuStreamDestroy_v2", "cuStreamSynchronize", "cuStreamWaitEvent",
     "cuEventCreate", "cuEventDestroy_v2", "cuEventRecord", "cuEventSynchronize",
@@ -85,6 +86,31 @@ static inline void fake_child(const char *name, const char *argument, const char
     unsetenv("GQ_FAKE_CUDA");
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "%s %s with \"%s\": the process ended with status %#x", name, argument ? argument : "",
           settings, (unsigned)status);
+}
+
+/* A folder with a copy of a library in which one function has another name. Names are looked up by hash and then compared, so it is not
+ * found. */
+static inline const char *fake_without(const char *library, const char *name, const char *function) {
+    static char folder[300], data[1 << 20];
+    char path[400];
+    snprintf(folder, sizeof folder, "%s", in(function));
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    CHECK(mkdir(folder, 0700) == 0, "cannot make %s", folder);
+    FILE *file = fopen(library, "rb");
+    const size_t bytes = file ? fread(data, 1, sizeof data, file) : 0;
+    if (file) fclose(file);
+    CHECK(bytes > 0 && bytes < sizeof data, "%zu bytes of %s", bytes, library);
+    const size_t length = strlen(function);
+    int found = 0;
+    for (size_t i = 0; i + length + 2 < bytes; i++) {
+        if (data[i] != 0 || memcmp(data + i + 1, function, length + 1) != 0) continue;
+        data[i + 1] = 'X';
+        found++;
+    }
+    CHECK(found, "%s is not in %s", function, library);
+    file = fopen(path, "wb");
+    CHECK(file && fwrite(data, 1, bytes, file) == bytes && fclose(file) == 0, "cannot write %s", path);
+    return folder;
 }
 
 /* Finds the controls. The test goes on only if libcuda.so.1 is the fake one, and the library has anything to do with CUDA. */

@@ -46,6 +46,8 @@ static int child(int calls) {
     if (strncmp(gq_last_error(), "gq_device_count", 15) != 0) return 7;
     if (gq_device_prepare(0) != GQ_ERROR_FORKED || gq_model_read_all(NULL, NULL, 0, NULL, 0, NULL) != GQ_ERROR_FORKED) return 11;
     if (gq_linear(NULL, GQ_ADDR(weight), 1, GQ_F32, 0, GQ_ADDR(absmax), NULL) != GQ_ERROR_FORKED) return 12;
+    uint64_t bytes = 7;
+    if (gq_linear_workspace_size(NULL, 1, GQ_F32, NULL, &bytes, NULL) != GQ_ERROR_FORKED || bytes) return 13;
     /* What has no status answers. */
     if (strcmp(gq_version(), GQ_TEST_VERSION) != 0 || gq_abi_version() != GQ_ABI_VERSION) return 8;
     if (strcmp(gq_status_name(GQ_ERROR_FORKED), "GQ_ERROR_FORKED") != 0) return 9;

@@ -18,6 +18,9 @@ static void no_state(gq_state *state) {
     CHECK(length == 0, "length %d after a failure", (int)length);
     STATUS(gq_dequantize(state, GQ_ADDR(out), sizeof out, GQ_F32, NULL), GQ_ERROR_INVALID_HANDLE);
     STATUS(gq_dequantize_range(state, 0, 64, GQ_ADDR(out), sizeof out, GQ_F32, NULL), GQ_ERROR_INVALID_HANDLE);
+    uint64_t bytes = 7;
+    STATUS(gq_linear_workspace_size(state, 1, GQ_F32, NULL, &bytes, NULL), GQ_ERROR_INVALID_HANDLE);
+    CHECK(bytes == 0, "%d bytes after a failure", (int)bytes);
     STATUS(gq_linear(state, GQ_ADDR(out), 1, GQ_F32, 0, GQ_ADDR(absmax), NULL), GQ_ERROR_INVALID_HANDLE);
     STATUS(gq_state_free(state), GQ_ERROR_INVALID_HANDLE);
     SAYS("state");

@@ -133,6 +133,20 @@ static void refused(void) {
     REFUSED(gq_linear(state, in, 2, GQ_F32, 0, out, NULL), GQ_ERROR_INVALID_ARGUMENT, "[2 2 64]");
     OK(gq_state_free(state));
 
+    /* A workspace is for devices. */
+    uint64_t bytes = 7;
+    int32_t packed = 7;
+    OK(gq_linear_workspace_size(w.state, 1000, GQ_F32, NULL, &bytes, &packed));
+    CHECK(bytes == 0 && packed == 1, "%d bytes of workspace on the CPU, packed %d", (int)bytes, (int)packed);
+    STATUS(gq_linear_workspace_size(w.state, 1000, GQ_F32, NULL, NULL, NULL), GQ_ERROR_INVALID_ARGUMENT);
+    SAYS("bytes and packed are both NULL");
+    bytes = 7;
+    STATUS(gq_linear_workspace_size(rows.state, 2, GQ_F32, NULL, &bytes, NULL), GQ_ERROR_UNSUPPORTED);
+    CHECK(bytes == 0, "%d bytes after a failure", (int)bytes);
+    SAYS("not nf4 or fp4");
+    STATUS(gq_linear_workspace_size(w.state, -1, GQ_F32, NULL, &bytes, NULL), GQ_ERROR_INVALID_ARGUMENT);
+    SAYS("m is -1");
+
     static const int64_t wrong_rows[] = {-1, INT64_MIN, INT64_MAX, 1ll << 62, 1ll << 53, 1ll << 50};
     for (size_t i = 0; i < sizeof wrong_rows / sizeof *wrong_rows; i++)
         REFUSED(gq_linear(w.state, in, wrong_rows[i], GQ_F32, 0, out, NULL), GQ_ERROR_INVALID_ARGUMENT, "m is ");

@@ -32,6 +32,7 @@ static void refused(void) {
     STATUS(gq_state_create(&desc, &new_state), GQ_ERROR_INTERNAL);
     STATUS(gq_state_json(state, NULL, 0, &length), GQ_ERROR_INTERNAL);
     STATUS(gq_dequantize(state, GQ_ADDR(values), sizeof values, GQ_F32, NULL), GQ_ERROR_INTERNAL);
+    STATUS(gq_linear_workspace_size(state, 1, GQ_F32, NULL, &workspace, NULL), GQ_ERROR_INTERNAL);
     STATUS(gq_linear(state, GQ_ADDR(values), 1, GQ_F32, 0, GQ_ADDR(values), NULL), GQ_ERROR_INTERNAL);
     STATUS(gq_load_model("/", NULL, &new_model), GQ_ERROR_INTERNAL);
     STATUS(gq_model_layer_count(model, &count), GQ_ERROR_INTERNAL);

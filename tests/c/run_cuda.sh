@@ -6,7 +6,8 @@ if [ $# -lt 2 ]; then
     echo "usage: $0 FOLDER VECTORS [NAME]..." >&2
     exit 2
 fi
-programs=$(cd "$1" && pwd) && vectors=$(cd "$2" && pwd) && run=$(cd "$(dirname "$0")" && pwd)/run.sh || exit 2
+programs=$(cd "$1" && pwd) && vectors=$(cd "$2" && pwd) && here=$(cd "$(dirname "$0")" && pwd) || exit 2
+run=$here/run.sh tables=$here/tables
 shift 2
 if [ $# -eq 0 ]; then
     for program in "$programs"/cuda_*; do
@@ -27,8 +28,13 @@ for name in "$@"; do
     cuda_golden | cuda_load) argument=$vectors ;;
     *) argument= ;;
     esac
+    # What is decoded and what is not does not depend on the GPU there.
+    case $name in
+    cuda_linear | cuda_matmul) table=$tables/few.json ;;
+    *) table= ;;
+    esac
     start=$(date +%s)
-    timeout 600 "$run" "$programs/$name" ${argument:+"$argument"} >"$folder/output" 2>&1
+    GQUANT_TUNE=$table timeout 600 "$run" "$programs/$name" ${argument:+"$argument"} >"$folder/output" 2>&1
     code=$?
     seconds=$(($(date +%s) - start))
     case $code in

@@ -72,8 +72,8 @@ def decoded(weight, dtype):
     return torch.ops.gquant.dequantize_4bit(*weight).to(dtype)
 
 
-def check_linear(y, x, bias, weight):
-    """y is the linear layer of x with the packed weight: its error, against float64, is that of torch with the decoded weight, or less."""
+def check_linear(y, x, bias, weight, bound=1.05):
+    """y is the linear layer of x with the packed weight: its error, against float64, is that of torch with the decoded weight, or less, but for a factor."""
     import torch
 
     added = None if bias is None else bias.detach().to(x.dtype)
@@ -83,4 +83,4 @@ def check_linear(y, x, bias, weight):
     assert (y.dtype, y.shape, y.device) == (usual.dtype, usual.shape, usual.device)
     ours, theirs, size = ((t.detach().double() - want).norm().item() for t in (y, usual, torch.zeros_like(want)))
     # A few float32 sums may be lucky.
-    assert ours <= max(1.05 * theirs, 3 * torch.finfo(torch.float32).eps * size), (ours / size, theirs / size)
+    assert ours <= max(bound * theirs, 3 * torch.finfo(torch.float32).eps * size), (ours / size, theirs / size)

@@ -15,17 +15,19 @@ FAKE = support.ROOT / "tests" / "python_binding" / "fake"
 def run(tmp_path_factory):
     """Runs code in a process with the driver, two devices and a stand-in for cupy; what it printed."""
     folder = tmp_path_factory.mktemp("driver")
-    source = support.ROOT / "tests" / "c" / "fake_cuda.c"
-    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-pthread", "-o", folder / "libcuda.so.1", source], check=True)
+    for name, source in (("libcuda.so.1", "fake_cuda.c"), ("libcublasLt.so.13", "fake_cublaslt.c")):
+        source = support.ROOT / "tests" / "c" / source
+        subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-pthread", "-o", folder / name, source, "-ldl"], check=True)
     environment = {
         "LD_LIBRARY_PATH": str(folder),
         "PYTHONPATH": f"{support.PACKAGE}:{FAKE}",
         "GQ_FAKE_CUDA": "devices=2",
         "GQUANT_CHECK": "1",
+        "GQUANT_CUBLASLT": str(folder / "libcublasLt.so.13"),
     }
 
     def run(code, **more):
-        return support.python("import cupy, gquant, numpy\n" + code, **environment, **more)
+        return support.python("import cupy, gquant, numpy\n" + code, **environment | more)
 
     if run("print(len(gquant.devices()))") == "0\n":
         pytest.skip("the library was built without CUDA")
@@ -75,6 +77,7 @@ with cupy.cuda.Device(1), cupy._context(1):
     assert driver.cuStreamCreate(ctypes.byref(own), 1) == 0
     x = cupy.asarray(numpy.ones((64, 64), "f4"))
     wide, bias = cupy.asarray(numpy.ones((64, 128), "f2")), cupy.asarray(numpy.ones(64, "f2"))
+    many = cupy.asarray(numpy.ones((65, 128), "f4"))
 own = own.value
 
 def everything(expected, **keyword):
@@ -103,6 +106,7 @@ def everything(expected, **keyword):
         y = launched(lambda: state.linear(wide, **keyword), expected)
         assert y.dtype == "f2" and y.shape == (64, 64)
         launched(lambda: state.linear(wide, bias, out=y, **keyword), expected)
+        assert launched(lambda: state.linear(many, **keyword), expected).shape == (65, 64)  # with a workspace
         yield y
     packed = launched(lambda: gquant.pack_4bit(codes, **keyword), expected)
     yield launched(lambda: gquant.unpack_4bit(packed, **keyword), expected)
@@ -160,9 +164,9 @@ for call in (
         "blocksize is 48",
         "packed is on CUDA device 0 and x on the host",
         "packed is on CUDA device 0 and bias on the host",
-        "x is not F16 or BF16",
+        "x is not F16 or BF16, and libcublasLt, which GQUANT_CUBLASLT names, cannot be loaded",
     ]
-    for line, text in zip(run(code).splitlines(), wanted, strict=True):
+    for line, text in zip(run(code, GQUANT_CUBLASLT="none").splitlines(), wanted, strict=True):
         assert text in line
 
 

@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 from ._errors import BY_STATUS, ForkedError, GquantError
 
-GQ_ABI_VERSION = 2
+GQ_ABI_VERSION = 3
 GQ_CPU = -1
 GQ_HIGH_NIBBLE_FIRST = 0
 GQ_LOW_NIBBLE_FIRST = 1
@@ -253,6 +253,7 @@ FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gq_state_json", _status, (_handle, c_char_p, c_size_t, POINTER(c_size_t))),
     ("gq_dequantize", _status, (_handle, _addr, c_size_t, c_int32, POINTER(gq_exec))),
     ("gq_dequantize_range", _status, (_handle, c_int64, c_int64, _addr, c_size_t, c_int32, POINTER(gq_exec))),
+    ("gq_linear_workspace_size", _status, (_handle, c_int64, c_int32, POINTER(gq_exec), POINTER(c_uint64), POINTER(c_int32))),
     ("gq_linear", _status, (_handle, _addr, c_int64, c_int32, _addr, _addr, POINTER(gq_exec))),
     ("gq_load_model", _status, (c_char_p, POINTER(gq_load_options), POINTER(_handle))),
     ("gq_free_model", _status, (_handle,)),

@@ -89,8 +89,9 @@ class QuantState:
         """The linear layer x · weightᵀ + bias with the packed weight [n, k], where its arrays are; "nf4" and "fp4" have it.
 
         x: float32, float16 or bfloat16 [..., k]. bias: x's dtype [n]. out: takes the result, [..., n] of x's dtype, as dequantize's
-        does, and is returned; it must not overlap x. threads: 0 = all cores. On a device x is float16 or bfloat16, has at most 64
-        rows, and more that gq_linear in gquant.h lists; UnsupportedError says what is wanting, and dequantize is the way then.
+        does, and is returned; it must not overlap x. threads: 0 = all cores. On a device x is aligned to 16 bytes, and what the
+        kernels for packed weights do not take is decoded into memory for that call and multiplied by cuBLASLt: gq_linear in gquant.h
+        says when, and where libcublasLt is looked for. UnsupportedError: it is not there, and dequantize is the way then.
         """
         parts = self._parts(stream)
         source = _buffers.weights(x, "x", stream=stream)
@@ -106,10 +107,15 @@ class QuantState:
         if out is None:
             out = _buffers.empty(x, source.dtype, (*source.shape[:-1], n), where)
         to = _buffers.output(out, "out", source.dtype, rows * n * _dtypes.bits(source.dtype) // 8)
-        added = given[0].address if given else 0
+        added, dtype = given[0].address if given else 0, _dtypes.number(source.dtype)
         with self._handle(parts, where.device) as handle:
             execution = _ffi.execution(threads, *where)
-            lib.gq_linear(handle, source.address, rows, _dtypes.number(source.dtype), added, to.address, execution)
+            if where != _buffers.HOST:
+                size = c_uint64()
+                lib.gq_linear_workspace_size(handle, rows, dtype, execution, byref(size), None)
+                workspace = _buffers.view(_buffers.empty(x, "uint8", (size.value,), where), "workspace")
+                execution = _ffi.execution(threads, *where, workspace.address, workspace.nbytes)
+            lib.gq_linear(handle, source.address, rows, dtype, added, to.address, execution)
         return out
 
     def json(self) -> str:

@@ -250,10 +250,17 @@ _HALVES = (torch.float16, torch.bfloat16)
 _gq_linear = _ffi.bare("gq_linear")
 
 
-@functools.cache
-def _multiplies(device: int) -> bool:
-    """Whether a CUDA device is one that gq_linear has kernels for."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+# The number of a state is never used again.
+@functools.lru_cache(maxsize=16384)
+def _workspace_bytes(state: int, rows: int, dtype: int, device: int) -> Optional[int]:
+    """The bytes of workspace that gq_linear wants on a CUDA device; None where it would decode the weight."""
+    size, packed = c_uint64(), c_int32()
+    execution = _ffi.gq_exec(device=device)
+    lib.gq_linear_workspace_size(state, rows, dtype, execution, None, ctypes.byref(packed))
+    if not packed.value:
+        return None
+    lib.gq_linear_workspace_size(state, rows, dtype, execution, ctypes.byref(size), None)
+    return size.value
 
 
 def plain(x: Tensor, packed: Tensor) -> bool:
@@ -293,41 +300,64 @@ def linear(x: Tensor, bias: Optional[Tensor], weight: tuple[Any, ...], out: Opti
         if not out.is_contiguous():
             raise InvalidArgumentError("out is not contiguous in row-major order; copy it into an array that is")
     rows = x.numel() // k if k else math.prod(given[:-1])
-    # What gquant.h says about gq_linear.
-    fused = weight[8] in _FORMATS and (
-        dtype in _NUMBERS
-        if on_cpu
-        else packed.is_cuda
-        and dtype in _HALVES
-        and rows <= 64
-        and 0 < k <= 1 << 24
-        and k % 128 == 0
-        and n <= 1 << 31
-        and blocksize >= 64
-        and k % blocksize == 0
-        and packed.data_ptr() % 16 == 0
-        and (x.data_ptr() % 16 == 0 or not x.is_contiguous())
-        and _multiplies(device)
-    )
-    if not fused:
-        dense = torch.empty(shape, dtype=weight[6], device=packed.device)
+    known = weight[8] in _FORMATS and dtype in (_NUMBERS if on_cpu else _HALVES)
+    state, workspace = _borrow(weight) if known else None, 0 if known and on_cpu else None
+    if state is not None and packed.is_cuda:
+        aligned = (x.data_ptr() % 16 == 0 or not x.is_contiguous()) and (out is None or out.data_ptr() % 16 == 0)
+        workspace = _workspace_bytes(state.handle.value, rows, _NUMBERS[dtype], device) if aligned else None
+    if workspace is None:
+        return _decoded(x, bias, weight, out, rows)
+    x = x.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    y = x.new_empty((*given[:-1], n)) if out is None else out
+    if state is None:
+        return _state(*weight).linear(x, bias, y)  # slower, and knows what is wrong
+    execution = None if on_cpu else _on(device, _current_stream(device))
+    if workspace:
+        scratch = torch.empty(workspace, dtype=_U8, device=packed.device)
+        stream = _current_stream(device)
+        execution = ctypes.byref(_ffi.gq_exec(device=device, stream=stream, workspace=scratch.data_ptr(), workspace_bytes=workspace))
+    added = c_uint64(0 if bias is None else bias.data_ptr())
+    status = _gq_linear(state.handle, c_uint64(x.data_ptr()), c_int64(rows), _ARGUMENTS[dtype], added, c_uint64(y.data_ptr()), execution)
+    if status != 0:
+        raise _ffi.error(status)
+    return y
+
+
+# Decoded elements of a slab: as many bytes at least, and not twice as many.
+_SLAB_BYTES = 32 << 20
+_SLAB_ROWS = 2048  # of x, from which on slabs are no slower than the whole weight
+
+
+def _decoded(x: Tensor, bias: Optional[Tensor], weight: tuple[Any, ...], out: Optional[Tensor], rows: int) -> Tensor:
+    """linear() with the decoded weight; for many rows of x it is decoded in slabs of its own rows, so that memory is bounded."""
+    packed, (n, k), stored, dtype = weight[0], weight[5], weight[6], x.dtype
+    slabs = n * k * max(stored.itemsize, dtype.itemsize) // _SLAB_BYTES
+    # Autocast chooses the dtype of products, but not of those with out=.
+    state = _borrow(weight) if slabs > 1 and rows >= _SLAB_ROWS and not torch.is_autocast_enabled() else None
+    if state is None:
+        dense = torch.empty(n, k, dtype=stored, device=packed.device)
         decode(weight, dense)
         if out is None:
             return torch.nn.functional.linear(x, dense.to(dtype), bias)
         torch.nn.functional.linear(x.reshape(rows, k), dense.to(dtype), bias, out=out.view(rows, n))
         return out
-    x = x.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    y = x.new_empty((*given[:-1], n)) if out is None else out
-    state = _borrow(weight)
-    if state is None:
-        return _state(*weight).linear(x, bias, y)  # slower, and knows what is wrong
-    execution = None if device < 0 else _on(device, _current_stream(device))
-    added = c_uint64(0 if bias is None else bias.data_ptr())
-    status = _gq_linear(state.handle, c_uint64(x.data_ptr()), c_int64(rows), _ARGUMENTS[dtype], added, c_uint64(y.data_ptr()), execution)
-    if status != 0:
-        raise _ffi.error(status)
+    y = x.new_empty((*x.shape[:-1], n)) if out is None else out
+    x, to = x.reshape(rows, k), y.view(rows, n)
+    even = -(n // -slabs)
+    step = -(even // -128) * 128
+    slab = torch.empty(step, k, dtype=stored, device=packed.device)
+    execution = None if packed.is_cpu else _on(packed.get_device(), _current_stream(packed.get_device()))
+    for first in range(0, n, step):
+        dense = slab[: n - first]
+        lib.gq_dequantize_range(state.handle, first * k, dense.numel(), dense.data_ptr(), dense.nbytes, _NUMBERS[stored], execution)
+        # Columns of y as they lie there: for cuBLAS these are a matrix with a stride.
+        columns = to[:, first : first + step]
+        if bias is None:
+            torch.mm(x, dense.to(dtype).T, out=columns)
+        else:
+            torch.addmm(bias[first : first + step], x, dense.to(dtype).T, out=columns)
     return y
 
 

@@ -1,0 +1,57 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+
+	"github.com/gquant/gquant/cuda"
+	"github.com/spf13/cobra"
+)
+
+func tuneCommand() *cobra.Command {
+	var device, output string
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "tune",
+		Short: "Measure which kernels compute linear layers fastest on a CUDA device, and write its table",
+		Long: "Measure which kernels compute linear layers with 4-bit weights fastest on a CUDA device, for the shapes and numbers of rows that models have,\n" +
+			"and write the table of them. Programs use it where " + cuda.TuneVariable + " is its path; the tables that gquant brings were made so.\n" +
+			"Nothing else should run on the device meanwhile.",
+		Args: arguments(0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			ordinal, err := cuda.Parse(device)
+			if err != nil {
+				return usageError{fmt.Errorf("--device: %w", err)}
+			}
+			d, err := cuda.Open(ordinal)
+			if err != nil {
+				return err
+			}
+			var all []cuda.Timed
+			table, err := d.Measure(c.Context(), func(t cuda.Timed) {
+				all = append(all, t)
+				if !asJSON {
+					fmt.Fprintf(c.OutOrStdout(), "%6d×%-6d %5d rows  %-7s %4d tokens, %d waves dealt out  %9.2f µs\n", t.N, t.K, t.Rows, t.Kernel, t.Tokens, t.Deal, float64(t.Time)/1e3)
+				}
+			})
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				if err := printJSON(c, all); err != nil {
+					return err
+				}
+			}
+			text, err := json.MarshalIndent(table, "", " ")
+			if err != nil {
+				return err
+			}
+			return os.WriteFile(output, append(text, '\n'), 0o644)
+		},
+	}
+	c.Flags().StringVar(&device, "device", "cuda", "the device: cuda, cuda:1 …")
+	c.Flags().StringVarP(&output, "output", "o", "tune.json", "the table's `file`")
+	jsonFlag(c, &asJSON)
+	return c
+}

@@ -1,0 +1,422 @@
+// y = x · Wᵀ + bias for many tokens on Hopper, W packed in 4 bits and read as it lies in memory.
+//
+// A CTA makes tiles of 128 rows of W times TOKENS tokens. The decoded weights are wgmma's operand in registers, 64 rows for each of two
+// warpgroups; x is the operand in shared memory, where tensor copies put it. In that operand thread t of a quad has byte t of each word of a
+// row, so the quad reads the same 16 bytes, and one PRMT takes the byte and makes the table's address of it. Rows 2g and 2g + 1 of W are
+// rows g and g + 8 of the operand (the tensor map splits rows by parity), so that two sums are one store.
+//
+// The two warpgroups decode under the products of the k before, for which they have two sets of registers. Behind them come four warps
+// that are some steps of k ahead: one copies W, one x, two make scales of absmax.
+//
+// Tiles that would not fill the GPU's last wave are dealt out by k (stream-K): each CTA has an equal share of their steps, those that end within a
+// tile leave partial sums, and the CTA with the tile's last step adds them, in a fixed order. It waits for CTAs with lower numbers only.
+#include "hopper.cuh"
+#include "linear.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+
+static constexpr int ROWS = GQ_HOPPER_ROWS, STEP = GQ_HOPPER_STEP; // of W in a tile; elements of k in a step
+static constexpr int MULTIPLIERS = GQ_HOPPER_THREADS - 128;
+static constexpr int MANY_REGISTERS = 224, FEW_REGISTERS = 56; // of threads that multiply, and of the others: together what the launch gave
+
+// What a kernel is made for, and its shared memory, from an address that is a multiple of 1024 on.
+template <int TOKENS_, int X_SLOTS_, int W_SLOTS_, int STAGED_, int ENTRY_> struct Shape {
+    static constexpr int TOKENS = TOKENS_, X_SLOTS = X_SLOTS_, W_SLOTS = W_SLOTS_, STAGED = STAGED_, ENTRY = ENTRY_;
+    static constexpr int X_SLOT = TOKENS * 128;                  // 64 elements of each token
+    static constexpr int W_SLOT = ROWS * STEP / 2;               // rows of 64 bytes, the even ones first
+    static constexpr int SCALE_SLOT = ROWS * STEP / 64 * 8;      // a Scale for each row and 64 elements, in the same order
+    static constexpr int Y_STRIDE = ROWS * 2 + 16;               // of a token
+    static constexpr int W = X_SLOTS * X_SLOT;
+    static constexpr int SCALES = W + W_SLOTS * W_SLOT;
+    static constexpr int Y = SCALES + W_SLOTS * SCALE_SLOT;      // STAGED tokens of y
+    static constexpr int TABLE = Y + STAGED * Y_STRIDE;
+    static constexpr int BARRIERS = TABLE + 256 * ENTRY;         // of x: full, empty; of W: full, empty
+    static constexpr int BYTES = BARRIERS + (X_SLOTS + W_SLOTS) * 16;
+    static_assert(BYTES == GQ_HOPPER_SHARED(TOKENS, X_SLOTS, W_SLOTS, STAGED, ENTRY) && BYTES <= 232448, "");
+};
+
+// A place in a ring, and the parity of the phase that a barrier of it is in.
+template <int SLOTS> struct Place {
+    u32 slot, parity;
+    DEVICE void advance() {
+        if (++slot == SLOTS) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Steps first … first + count of a tile.
+struct Segment {
+    u32 tile, first, count;
+};
+
+// A CTA's segments: its share of the tiles that are dealt out by k, from the last to the first, then whole tiles.
+struct Work {
+    const gq_hopper_args &a;
+    u32 end, whole;
+    DEVICE Work(const gq_hopper_args &args) : a(args), end(share(args, blockIdx.x + 1)), whole(args.dealt + blockIdx.x) {}
+    // The first step of a CTA, over all tiles that are dealt out.
+    static DEVICE u32 share(const gq_hopper_args &a, u32 cta) { return (u32)((uint64_t)a.dealt * a.steps * cta / gridDim.x); }
+    DEVICE bool next(Segment &s) {
+        const u32 begin = share(a, blockIdx.x);
+        if (end > begin) {
+            s.tile = (end - 1) / a.steps;
+            s.first = max(s.tile * a.steps, begin) - s.tile * a.steps;
+            s.count = end - s.tile * a.steps - s.first;
+            end -= s.count;
+            return true;
+        }
+        if (whole >= a.tiles) return false;
+        s = {whole, 0, a.steps};
+        whole += gridDim.x;
+        return true;
+    }
+};
+
+// ---- scales: absmax / factor
+
+template <class T, bool NESTED> struct Scales {
+    static constexpr int EACH = ROWS / 32;
+    float2 absmax[EACH]; // of both blocks; nested: .x is that of the block's absmax
+    u32 codes[EACH];
+
+    static DEVICE u32 row(int i) { return threadIdx.x % 32 + 32 * i; }
+
+    // Starts to read those of a step. Rows behind the last are like it.
+    DEVICE void load(const gq_hopper_args &a, u32 first_row, u32 step) {
+        const gq_weight &w = a.linear.weight;
+        const int shift = w.log2 - 6; // a block is 64 << shift elements
+        const u32 row_blocks = (u32)(a.linear.k >> w.log2), last = (u32)a.linear.n - 1, block_in_row = step * (STEP / 64) >> shift;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const u32 block = min(first_row + row(i), last) * row_blocks + block_in_row;
+            if (NESTED) {
+                const u8 *p = pointer<const u8>(w.absmax) + block;
+                codes[i] = shift == 0 ? __ldg((const u16 *)p) : __ldg(p) * 0x101u;
+                absmax[i].x = __ldg(pointer<const float>(w.nested_absmax) + (block >> 8)); // the same for both
+            } else {
+                const float *p = pointer<const float>(w.absmax) + block;
+                if (shift == 0) {
+                    absmax[i] = __ldg((const float2 *)p);
+                } else {
+                    absmax[i].x = absmax[i].y = __ldg(p);
+                }
+            }
+        }
+    }
+
+    DEVICE void store(const gq_hopper_args &a, u8 *to, float offset, float scale) const {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            float2 v = absmax[i];
+            if (NESTED) {
+                const float *codebook = pointer<const float>(a.linear.weight.nested_codebook), outer = v.x;
+                v.x = nested_absmax(__ldg(codebook + (codes[i] & 255)), outer, offset);
+                v.y = nested_absmax(__ldg(codebook + (codes[i] >> 8)), outer, offset);
+            }
+            const Scale<T> first(v.x * scale), second(v.y * scale);
+            *(uint4 *)(to + ((row(i) & 1) * (ROWS / 2) + row(i) / 2) * 16) = make_uint4(first.high, first.low, second.high, second.low);
+        }
+    }
+};
+
+// Brings the scales of the CTA's first step into L2.
+static DEVICE void prefetch_scales(const gq_hopper_args &a) {
+    Work work(a);
+    Segment s;
+    if (!work.next(s)) return;
+    const gq_weight &w = a.linear.weight;
+    for (u32 i = threadIdx.x % 64; i < ROWS; i += 64) {
+        const u32 row = min(s.tile / a.tiles_of_tokens * ROWS + i, (u32)a.linear.n - 1);
+        const u32 block = row * (u32)(a.linear.k >> w.log2) + (s.first * STEP >> w.log2);
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(w.absmax + (uint64_t)block * (w.nested_absmax ? 1 : 4)));
+    }
+}
+
+// What two warps do: each fills every other slot. It reads before it waits for the slot.
+template <class T, class S, bool NESTED> static DEVICE void make_scales(const gq_hopper_args &a, u8 *shared, u32 full, u32 empty, int half) {
+    const float scale = 1 / table_factor(T(), a.linear.weight.format), offset = NESTED ? __ldg(pointer<const float>(a.linear.weight.offset)) : 0;
+    Work work(a);
+    Segment s;
+    Scales<T, NESTED> scales;
+    u32 step = half; // of the segment
+    for (u32 number = half; work.next(s);) {
+        for (; step < s.count; step += 2, number += 2) {
+            scales.load(a, s.tile / a.tiles_of_tokens * ROWS, s.first + step);
+            const u32 slot = number % S::W_SLOTS;
+            barrier_wait(empty + slot * 8, number / S::W_SLOTS & 1 ^ 1);
+            scales.store(a, shared + S::SCALES + slot * S::SCALE_SLOT, offset, scale);
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) arrive(full + slot * 8);
+        }
+        step -= s.count;
+    }
+}
+
+// ---- sums: sum[4j … 4j+3] are of tokens 8j + 2t and 8j + 2t + 1 and two rows
+
+// Writes this CTA's sums where the tile's last CTA finds them.
+template <class S> static DEVICE void leave_partial(const gq_hopper_args &a, const float (&sum)[S::TOKENS / 2]) {
+    float4 *to = pointer<float4>(a.partial) + (int64_t)blockIdx.x * (S::TOKENS / 8) * MULTIPLIERS + threadIdx.x;
+#pragma unroll
+    for (int j = 0; j < S::TOKENS / 8; j++) __stcg(to + j * MULTIPLIERS, make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
+    group_sync<1>(MULTIPLIERS);
+    if (threadIdx.x == 0)
+        asm volatile("fence.acq_rel.gpu; st.release.gpu.global.u64 [%0], %1;" ::"l"(a.flags + blockIdx.x * 8), "l"(a.launch) : "memory");
+}
+
+// Adds what other CTAs have of a tile, of whose steps this one has the last. A flag has the number of the launch when the sums are there;
+// it is erased, for a graph may repeat the launch.
+template <class S> static DEVICE void add_partials(const gq_hopper_args &a, float (&sum)[S::TOKENS / 2], u32 tile) {
+    u32 count = 1; // CTAs before this one, of which some may have no share
+    while (Work::share(a, blockIdx.x - count) > tile * a.steps) count++;
+    if (threadIdx.x < count) {
+        const u32 other = blockIdx.x - 1 - threadIdx.x;
+        const uint64_t flag = a.flags + other * 8;
+        uint64_t seen = a.launch;
+        if (Work::share(a, other) < Work::share(a, other + 1)) {
+            do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
+            while (seen != a.launch);
+            asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"((uint64_t)0) : "memory");
+        }
+    }
+    group_sync<1>(MULTIPLIERS);
+    // LOADS at a time are under way: of JS sums by 4, and of so many CTAs.
+    constexpr int LOADS = 16, J = S::TOKENS / 8, JS = J < 8 ? J : 8, CTAS = LOADS / JS;
+#pragma unroll
+    for (int j0 = 0; j0 < J; j0 += JS) {
+        for (u32 i0 = 1; i0 <= count; i0 += CTAS) {
+            float4 v[CTAS][JS];
+#pragma unroll
+            for (int i = 0; i < CTAS; i++) {
+                const u32 other = blockIdx.x - min(i0 + i, count);
+                const bool has = i0 + i <= count && Work::share(a, other) < Work::share(a, other + 1);
+                const float4 *from = pointer<const float4>(a.partial) + ((int64_t)other * J + j0) * MULTIPLIERS + threadIdx.x;
+#pragma unroll
+                for (int j = 0; j < JS; j++) v[i][j] = has ? __ldcg(from + j * MULTIPLIERS) : make_float4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int i = 0; i < CTAS; i++) {
+#pragma unroll
+                for (int j = 0; j < JS; j++) {
+                    float *to = sum + 4 * (j0 + j);
+                    to[0] += v[i][j].x;
+                    to[1] += v[i][j].y;
+                    to[2] += v[i][j].z;
+                    to[3] += v[i][j].w;
+                }
+            }
+        }
+    }
+}
+
+// Writes a tile of y, some tokens at a time by way of shared memory, so that a token's rows are written together.
+template <class T, class S> static DEVICE void write(const gq_hopper_args &a, const float (&sum)[S::TOKENS / 2], u32 tile, u8 *staged, u32 row) {
+    const u32 first_row = tile / a.tiles_of_tokens * ROWS, t = threadIdx.x % 4;
+    const int64_t first_token = (int64_t)(tile % a.tiles_of_tokens) * S::TOKENS;
+    float bias[2] = {0, 0};
+    if (a.linear.bias) {
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++)
+            if (first_row + 2 * row + odd < a.linear.n) bias[odd] = T::widen(__ldg(pointer<const u16>(a.linear.bias) + first_row + 2 * row + odd));
+    }
+#pragma unroll
+    for (int q = 0; q < S::TOKENS / S::STAGED; q++) {
+        if (first_token + q * S::STAGED >= a.linear.m) break;
+        group_sync<1>(MULTIPLIERS);
+#pragma unroll
+        for (int j = 0; j < S::STAGED / 8; j++) {
+            const float *v = sum + 4 * (q * S::STAGED / 8 + j);
+            u8 *to = staged + (j * 8 + 2 * t) * S::Y_STRIDE + 4 * row;
+            *(u32 *)to = T::narrow2(v[0] + bias[0], v[2] + bias[1]);
+            *(u32 *)(to + S::Y_STRIDE) = T::narrow2(v[1] + bias[0], v[3] + bias[1]);
+        }
+        group_sync<1>(MULTIPLIERS);
+        constexpr int PIECES = ROWS / 8; // of 16 bytes in a token's rows
+#pragma unroll 1
+        for (int i = threadIdx.x; i < S::STAGED * PIECES; i += MULTIPLIERS) {
+            const int64_t token = first_token + q * S::STAGED + i / PIECES;
+            const u32 column = first_row + i % PIECES * 8;
+            if (token < a.linear.m && column < a.linear.n)
+                *(uint4 *)(pointer<u16>(a.linear.y) + token * a.linear.n + column) = *(const uint4 *)(staged + i / PIECES * S::Y_STRIDE + i % PIECES * 16);
+        }
+    }
+}
+
+// ---- the kernel
+
+template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_map, const TensorMap *x_map, const gq_hopper_args &a) {
+    extern __shared__ __align__(1024) u8 shared[];
+    const int thread = threadIdx.x;
+    const u32 base = (u32)__cvta_generic_to_shared(shared);
+    const u32 x_full = base + S::BARRIERS, x_empty = x_full + S::X_SLOTS * 8, w_full = x_empty + S::X_SLOTS * 8, w_empty = w_full + S::W_SLOTS * 8;
+    if (thread == 0) {
+        for (int i = 0; i < S::X_SLOTS; i++) {
+            barrier_init(x_full + i * 8, 1);
+            barrier_init(x_empty + i * 8, MULTIPLIERS / 32);
+        }
+        for (int i = 0; i < S::W_SLOTS; i++) {
+            barrier_init(w_full + i * 8, 2); // the copy and the scales
+            barrier_init(w_empty + i * 8, MULTIPLIERS / 32);
+        }
+        publish_barriers();
+        let_next_kernel_start();
+    }
+    __syncthreads();
+    if (thread >= MULTIPLIERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
+        const int warp = thread / 32 - MULTIPLIERS / 32;
+        if (warp >= 2) {
+            prefetch_scales(a);
+            wait_for_kernel_before();
+            if (a.linear.weight.nested_absmax)
+                make_scales<T, S, true>(a, shared, w_full, w_empty, warp - 2);
+            else
+                make_scales<T, S, false>(a, shared, w_full, w_empty, warp - 2);
+        } else if (thread % 32 == 0) {
+            Work work(a);
+            Segment s;
+            if (warp == 0) {
+                Place<S::W_SLOTS> w = {0, 1};
+                // While the kernel before still runs weights may come to L2, where they would see a late write.
+                if (Work(a).next(s)) {
+                    for (u32 i = 0; i < min(s.count, (u32)S::W_SLOTS); i++)
+                        prefetch_box(w_map, (s.first + i) * (STEP / 2), s.tile / a.tiles_of_tokens * (ROWS / 2), 0);
+                }
+                wait_for_kernel_before();
+                while (work.next(s)) {
+                    for (u32 i = 0; i < s.count; i++, w.advance()) {
+                        barrier_wait(w_empty + w.slot * 8, w.parity);
+                        arrive_expecting(w_full + w.slot * 8, S::W_SLOT);
+                        copy_box(base + S::W + w.slot * S::W_SLOT, w_map, (s.first + i) * (STEP / 2), s.tile / a.tiles_of_tokens * (ROWS / 2), 0, w_full + w.slot * 8);
+                    }
+                }
+            } else {
+                Place<S::X_SLOTS> x = {0, 1};
+                wait_for_kernel_before();
+                while (work.next(s)) {
+                    for (u32 i = s.first * (STEP / 64); i < (s.first + s.count) * (STEP / 64); i++, x.advance()) {
+                        barrier_wait(x_empty + x.slot * 8, x.parity);
+                        arrive_expecting(x_full + x.slot * 8, S::X_SLOT);
+                        copy_box(base + x.slot * S::X_SLOT, x_map, i * 64, s.tile % a.tiles_of_tokens * S::TOKENS, x_full + x.slot * 8);
+                    }
+                }
+            }
+        }
+        return;
+    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY_REGISTERS));
+    fill_table<T, S::ENTRY>(shared + S::TABLE, a.linear.weight.format, thread, MULTIPLIERS);
+    wait_for_kernel_before();
+    group_sync<1>(MULTIPLIERS);
+
+    const u32 lane = thread % 32, t = lane % 4, lane_offset = lane * 4;
+    const u32 row = thread / 32 * 8 + lane / 4; // of the even rows of a slot, and of the odd ones
+    const u32 swizzle = row >> 1 & 3;           // of the 16-byte pieces of a row of 64 bytes
+    const u32 select = 0x5504 | t << 4, turn = 8 * t + 25 & 31;
+    const uint64_t x_descriptor = describe(base);
+    const u8 *const my_w = shared + S::W + row * 64, *const my_scales = shared + S::SCALES + row * 16;
+    const auto pair = [&](u32 word) { // of byte t
+        const u32 offset = S::ENTRY == 256 ? __byte_perm(word, lane_offset, select) : __funnelshift_r(word, word, turn) & 0x7f80 | lane_offset;
+        return *(const u32 *)(shared + S::TABLE + offset);
+    };
+
+    float sum[S::TOKENS / 2];
+    u32 operand[2][16];
+    uint4 packed[2]; // 32 elements of an even row and of an odd one
+    Scale<T> scale[2] = {0, 0};
+    Place<S::W_SLOTS> w = {0, 0};
+    Place<S::X_SLOTS> x = {0, 0}, done = {0, 0};
+    const auto load_packed = [&](int quarter) { // of a slot of W
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) packed[odd] = *(const uint4 *)(my_w + w.slot * S::W_SLOT + odd * (S::W_SLOT / 2) + ((quarter ^ swizzle) << 4));
+    };
+    const auto load = [&](int half) { // what decoding a half begins with
+        if (half == 0) barrier_wait(w_full + w.slot * 8, w.parity);
+        load_packed(2 * half);
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) {
+            const uint2 v = *(const uint2 *)(my_scales + w.slot * S::SCALE_SLOT + odd * (S::SCALE_SLOT / 2) + half * 8);
+            scale[odd].high = v.x;
+            scale[odd].low = v.y;
+        }
+    };
+    const auto decode = [&](u32 v[8], const uint4 from[2]) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) { // words of 8 elements: two are an operand
+#pragma unroll
+            for (int odd = 0; odd < 2; odd++) {
+                const uint4 &q = from[odd];
+                v[2 * i + odd] = scale[odd].times(pair(i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w));
+            }
+        }
+    };
+
+    Work work(a);
+    Segment s;
+    while (work.next(s)) {
+#pragma unroll
+        for (int i = 0; i < S::TOKENS / 2; i++) sum[i] = 0;
+        load(0);
+        bool first = true;
+#pragma unroll 1
+        for (u32 step = 0; step < s.count; step++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                u32(&v)[16] = operand[half];
+                const uint4 early[2] = {packed[0], packed[1]};
+                load_packed(2 * half + 1);
+                decode(v, early);
+                decode(v + 8, packed);
+                if (half == 1) {
+                    __syncwarp();
+                    if (lane == 0) arrive(w_empty + w.slot * 8);
+                    w.advance();
+                }
+                barrier_wait(x_full + x.slot * 8, x.parity);
+                wgmma_fence();
+#pragma unroll
+                for (int i = 0; i < 4; i++) wgmma(T(), sum, v + 4 * i, x_descriptor + (x.slot * (S::X_SLOT >> 4) + 2 * i));
+                wgmma_commit();
+                x.advance();
+                if (half == 0)
+                    load(1);
+                else if (step + 1 < s.count)
+                    load(0);
+                wgmma_wait<1>();
+                if (!first) { // the products before these are done
+                    if (lane == 0) arrive(x_empty + done.slot * 8);
+                    done.advance();
+                }
+                first = false;
+            }
+        }
+        wgmma_wait<0>();
+        // The compiler does not know that wgmma goes on by itself: the sums may be read from here on only.
+#pragma unroll
+        for (int i = 0; i < S::TOKENS / 2; i++) asm volatile("" : "+f"(sum[i])::"memory");
+        if (lane == 0) arrive(x_empty + done.slot * 8);
+        done.advance();
+
+        if (s.first + s.count < a.steps) {
+            leave_partial<S>(a, sum);
+            continue;
+        }
+        if (s.first > 0) add_partials<S>(a, sum, s.tile);
+        write<T, S>(a, sum, s.tile, shared + S::Y, row);
+    }
+}
+#endif
+
+// ---- the kernels: gq_linear_hopper_<dtype>_<tokens>
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+#define KERNEL(dtype, T, tokens, ...)                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(GQ_HOPPER_THREADS, 1)                                                                      \
+        gq_linear_hopper_##dtype##_##tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const gq_hopper_args a) { \
+        linear_hopper<T, Shape<tokens, __VA_ARGS__>>(&w_map, &x_map, a);                                                                    \
+    }
+#define EACH_DTYPE(...) KERNEL(f16, F16, __VA_ARGS__) KERNEL(bf16, BF16, __VA_ARGS__)
+GQ_HOPPER_TILES(EACH_DTYPE)
+#endif

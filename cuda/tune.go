@@ -1,0 +1,106 @@
+package cuda
+
+import (
+	"bytes"
+	"embed"
+	"encoding/json"
+	"fmt"
+	"math"
+	"os"
+)
+
+// Way is how a linear layer is computed.
+type Way struct {
+	Rows   int64  `json:"rows"`             // up to so many rows of x
+	Kernel string `json:"kernel"`           // "few", "tile", "hopper", or "decode": decode the weight and multiply by a BLAS
+	Tokens int64  `json:"tokens,omitempty"` // of a tile, where the kernel has several
+	Deal   int    `json:"deal,omitempty"`   // waves of tiles, the last of them not full, that are dealt out by k
+}
+
+// Tuned is what was fastest for a weight of N rows of K elements, by rows of x. Beyond the last one it is "decode".
+type Tuned struct {
+	N    int64 `json:"n"`
+	K    int64 `json:"k"`
+	Ways []Way `json:"ways"`
+}
+
+// Table says how linear layers are computed on an architecture. `gquant tune` measures one.
+type Table struct {
+	Device string  `json:"device"`
+	Shapes []Tuned `json:"shapes"`
+}
+
+// The tables of the architectures that were measured, and default.json for the others.
+//
+//go:embed tune/*.json
+var tables embed.FS
+
+// TuneVariable names the environment variable with the path of a table that is used instead.
+const TuneVariable = "GQUANT_TUNE"
+
+// findTable reads the table of an architecture.
+func findTable(major, minor int) (*Table, error) {
+	name := fmt.Sprintf("tune/sm_%d%d.json", major, minor)
+	text, err := tables.ReadFile(name)
+	if err != nil {
+		name = "tune/default.json"
+		if text, err = tables.ReadFile(name); err != nil {
+			return nil, err
+		}
+	}
+	if path := os.Getenv(TuneVariable); path != "" {
+		name = TuneVariable + "=" + path
+		if text, err = os.ReadFile(path); err != nil {
+			return nil, fmt.Errorf("%s: %w", TuneVariable, err)
+		}
+	}
+	return readTable(text, name)
+}
+
+// readTable reads a table that came from a place of this name.
+func readTable(text []byte, name string) (*Table, error) {
+	t, d := new(Table), json.NewDecoder(bytes.NewReader(text))
+	d.DisallowUnknownFields()
+	if err := d.Decode(t); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return t, t.check(name)
+}
+
+func (t *Table) check(name string) error {
+	if len(t.Shapes) == 0 {
+		return fmt.Errorf("%s: there are no shapes", name)
+	}
+	for _, s := range t.Shapes {
+		if s.N <= 0 || s.K <= 0 {
+			return fmt.Errorf("%s: a shape is %d×%d", name, s.N, s.K)
+		}
+		for i, w := range s.Ways {
+			if linearKernels[w.Kernel] == nil && w.Kernel != "decode" {
+				return fmt.Errorf("%s: %d×%d, up to %d rows: there is no kernel %q", name, s.N, s.K, w.Rows, w.Kernel)
+			}
+			if i > 0 && w.Rows <= s.Ways[i-1].Rows {
+				return fmt.Errorf("%s: %d×%d: up to %d rows comes behind up to %d", name, s.N, s.K, w.Rows, s.Ways[i-1].Rows)
+			}
+		}
+	}
+	return nil
+}
+
+// lookup finds the way of the shape that is nearest by the ratios of its sides.
+func (t *Table) lookup(n, k, m int64) Way {
+	best, least := &t.Shapes[0], math.Inf(1)
+	logN, logK := math.Log2(float64(n)), math.Log2(float64(k))
+	for i := range t.Shapes {
+		s := &t.Shapes[i]
+		if d := math.Abs(logN-math.Log2(float64(s.N))) + math.Abs(logK-math.Log2(float64(s.K))); d < least {
+			best, least = s, d
+		}
+	}
+	for _, w := range best.Ways {
+		if m <= w.Rows {
+			return w
+		}
+	}
+	return Way{Kernel: "decode"}
+}
