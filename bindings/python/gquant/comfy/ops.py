@@ -1,0 +1,115 @@
+"""The layers that ComfyUI builds a model from, with 4-bit weights. Needs ComfyUI."""
+
+import copy
+import json
+from types import SimpleNamespace
+from typing import Any, Optional
+
+import comfy.ops
+import comfy.quant_ops
+import torch
+from torch import Tensor, nn
+
+from ..torch import QuantState
+from .layouts import LAYOUTS, is_4bit, with_dtype, wrap
+
+# ComfyUI's name of each layout in the .comfy_quant of a layer.
+FORMATS = {layout.name: f"gquant_{quant_type}" for quant_type, layout in LAYOUTS.items()}
+
+for _layout, _format in FORMATS.items():
+    _entry = {"storage_t": torch.uint8, "parameters": set(), "comfy_tensor_layout": _layout, "quantize_input": False}
+    comfy.quant_ops.QUANT_ALGOS.setdefault(_format, _entry)
+
+
+def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
+    """For ComfyUI's model_options["custom_operations"]: its own layers for mixed precision, with a Linear that takes 4-bit weights.
+
+    compute_dtype: what the weights decode to; the dtype that the model computes in, so that no weight is converted in a forward pass.
+    """
+    base: Any = comfy.ops.mixed_precision_ops({}, compute_dtype)
+
+    class Linear(base.Linear):
+        """A weight may be a QuantizedTensor of gquant's layouts, or what state_dict() made of one; else it is ComfyUI's own layer.
+
+        The codes are not copied when they are loaded: they stay views of the file.
+        """
+
+        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+            weight = _take_weight(state_dict, prefix + "weight")
+            if weight is None:
+                super()._load_from_state_dict(state_dict, prefix, *args)
+                return
+            if tuple(weight.shape) != self._orig_shape:
+                args[-1].append(f"{prefix}weight is {list(weight.shape)}; this layer's is {list(self._orig_shape)}")
+                return
+            state_dict.pop(prefix + "comfy_quant", None)
+            self._set(with_dtype(weight, compute_dtype))
+            nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+            missing = args[2]
+            missing[:] = [key for key in missing if key != prefix + "weight"]
+
+        def _set(self, weight: Any) -> None:
+            self.layout_type, self.quant_format = weight._layout_cls, FORMATS[weight._layout_cls]
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
+        def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+            """bitsandbytes' keys, and .comfy_quant."""
+            if not is_4bit(getattr(self, "weight", None)):
+                return super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+            found = {} if destination is None else destination
+            if self.bias is not None:
+                found[prefix + "bias"] = self.bias
+            self.comfy_quant = _text({"format": self.quant_format})
+            parts = self.weight.state_dict()
+            _name(self.weight, parts)
+            found |= {f"{prefix}weight{suffix}": part for suffix, part in parts.items()}
+            found[prefix + "comfy_quant"] = self.comfy_quant
+            return found
+
+        def set_weight(
+            self, weight: Tensor, inplace_update: bool = False, seed: Optional[int] = None, return_weight: bool = False, **kwargs: Any
+        ) -> Any:
+            """Takes a changed weight: quantized as the one that was there, rounded by chance with the seed."""
+            if not is_4bit(self.weight):
+                return super().set_weight(weight, inplace_update=inplace_update, seed=seed, return_weight=return_weight, **kwargs)
+            changed = with_dtype(self.weight.requantize_from_float(weight, stochastic_rounding=seed), self.weight.dtype)
+            if return_weight:
+                return changed
+            self._set(changed)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            # torch copies the storage of a tensor, which a QuantizedTensor has not.
+            if is_4bit(self.weight):
+                memo[id(self.weight)] = nn.Parameter(self.weight.clone(), requires_grad=False)
+            copied = memo[id(self)] = type(self).__new__(type(self))
+            copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            return copied
+
+    return type("Linear4bitOps", (base,), {"Linear": Linear})
+
+
+def _take_weight(state_dict: dict[str, Any], key: str) -> Any:
+    """Takes a 4-bit weight out of a state dict; None if it is something else."""
+    weight = state_dict.get(key)
+    if not is_4bit(weight):
+        names = [name for name in state_dict if name.startswith(key + ".")]
+        if weight is None or not any(".quant_state." in name for name in names):
+            return None
+        parts = {name[len(key) + 1 :]: state_dict.pop(name) for name in names}
+        weight = wrap(weight, QuantState.from_dict(parts, device=weight.device))
+    del state_dict[key]
+    return weight
+
+
+def _text(description: dict[str, Any]) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
+
+
+def _name(weight: Any, parts: dict[str, Tensor]) -> None:
+    """Makes the parts of a weight what their keys say, attributes of it: so ModelPatcher.get_key_patches looks every key up."""
+    for suffix, part in parts.items():
+        owner, _, name = suffix[1:].rpartition(".")
+        if owner:
+            setattr(weight, owner, SimpleNamespace(**{name: part}))
+        elif name:
+            setattr(weight, name, part)
