@@ -1,0 +1,121 @@
+"""Small random models that ComfyUI detects as the real ones: their names and fixed sizes, with few and narrow layers.
+
+Each function returns a state dict of bfloat16. Weights are scaled so that activations keep their size.
+"""
+
+import torch
+
+
+class _Weights(dict):
+    """A state dict that is filled with random layers."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def random(self, name, *shape, scale=1.0):
+        self[name] = (torch.randn(*shape, generator=self.generator) * scale).bfloat16()
+
+    def linear(self, name, n, k, bias=True):
+        self.random(f"{name}.weight", n, k, scale=k**-0.5)
+        if bias:
+            self.random(f"{name}.bias", n, scale=0.02)
+
+    def ones(self, name, size):
+        self[name] = torch.ones(size, dtype=torch.bfloat16)
+
+
+HEAD = 128  # Flux and Wan fix the width of a head
+
+
+def flux(hidden=256, double=2, single=2, context=64, pooled=64, seed=0):
+    """Flux schnell: 16 latent channels in patches of 2×2, text [.., context], pooled text [pooled]."""
+    sd = _Weights(seed)
+    sd.linear("img_in", hidden, 64)
+    sd.linear("txt_in", hidden, context)
+    for name, width in (("time_in", 256), ("vector_in", pooled)):
+        sd.linear(f"{name}.in_layer", hidden, width)
+        sd.linear(f"{name}.out_layer", hidden, hidden)
+    for i in range(double):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{i}.{stream}_"
+            sd.linear(f"{block}attn.qkv", 3 * hidden, hidden)
+            sd.linear(f"{block}attn.proj", hidden, hidden)
+            sd.ones(f"{block}attn.norm.query_norm.scale", HEAD)
+            sd.ones(f"{block}attn.norm.key_norm.scale", HEAD)
+            sd.linear(f"{block}mlp.0", 4 * hidden, hidden)
+            sd.linear(f"{block}mlp.2", hidden, 4 * hidden)
+            sd.linear(f"{block}mod.lin", 6 * hidden, hidden)
+    for i in range(single):
+        block = f"single_blocks.{i}"
+        sd.linear(f"{block}.linear1", 7 * hidden, hidden)
+        sd.linear(f"{block}.linear2", hidden, 5 * hidden)
+        sd.linear(f"{block}.modulation.lin", 3 * hidden, hidden)
+        sd.ones(f"{block}.norm.query_norm.scale", HEAD)
+        sd.ones(f"{block}.norm.key_norm.scale", HEAD)
+    sd.linear("final_layer.linear", 64, hidden)
+    sd.linear("final_layer.adaLN_modulation.1", 2 * hidden, hidden)
+    return dict(sd)
+
+
+def diffusers(model, key_map):
+    """The same weights as diffusers names and cuts them; key_map: ComfyUI's, of its names by diffusers'."""
+    sd = {}
+    for name, target in key_map.items():
+        target, part, *change = (target, None) if isinstance(target, str) else target
+        if target not in model:
+            target = target.replace("_norm.weight", "_norm.scale")
+        if target in model:
+            tensor = model[target] if part is None else model[target].narrow(*part)
+            sd[name] = (change[0](tensor) if change else tensor).clone()
+    return sd
+
+
+def wan(dim=256, ffn=512, layers=2, channels=16, seed=1):
+    """Wan 2.1, text to video: latents [.., channels, frames, h, w], text [.., 4096]."""
+    sd = _Weights(seed)
+    sd.random("patch_embedding.weight", dim, channels, 1, 2, 2, scale=(4 * channels) ** -0.5)
+    sd.random("patch_embedding.bias", dim, scale=0.02)
+    sd.linear("text_embedding.0", dim, 4096)
+    sd.linear("text_embedding.2", dim, dim)
+    sd.linear("time_embedding.0", dim, 256)
+    sd.linear("time_embedding.2", dim, dim)
+    sd.linear("time_projection.1", 6 * dim, dim)
+    for i in range(layers):
+        block = f"blocks.{i}"
+        for attention in ("self_attn", "cross_attn"):
+            for part in "qkvo":
+                sd.linear(f"{block}.{attention}.{part}", dim, dim)
+            sd.ones(f"{block}.{attention}.norm_q.weight", dim)
+            sd.ones(f"{block}.{attention}.norm_k.weight", dim)
+        sd.ones(f"{block}.norm3.weight", dim)
+        sd.random(f"{block}.norm3.bias", dim, scale=0.02)
+        sd.linear(f"{block}.ffn.0", ffn, dim)
+        sd.linear(f"{block}.ffn.2", dim, ffn)
+        sd.random(f"{block}.modulation", 1, 6, dim, scale=dim**-0.5)
+    sd.random("head.modulation", 1, 2, dim, scale=dim**-0.5)
+    sd.linear("head.head", 4 * channels, dim)
+    return dict(sd)
+
+
+CLIP_L = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 3}
+
+
+def clip_l(seed=2):
+    """CLIP-L's text encoder with the sizes of CLIP_L, which ComfyUI takes as the model option "model_config"."""
+    sd, width, inner = _Weights(seed), CLIP_L["hidden_size"], CLIP_L["intermediate_size"]
+    sd.random("text_model.embeddings.token_embedding.weight", 49408, width, scale=0.5)
+    sd.random("text_model.embeddings.position_embedding.weight", 77, width, scale=0.1)
+    for i in range(CLIP_L["num_hidden_layers"]):
+        layer = f"text_model.encoder.layers.{i}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            sd.linear(f"{layer}.self_attn.{part}", width, width)
+        sd.linear(f"{layer}.mlp.fc1", inner, width)
+        sd.linear(f"{layer}.mlp.fc2", width, inner)
+        for norm in ("layer_norm1", "layer_norm2"):
+            sd.ones(f"{layer}.{norm}.weight", width)
+            sd.random(f"{layer}.{norm}.bias", width, scale=0.02)
+    sd.ones("text_model.final_layer_norm.weight", width)
+    sd.random("text_model.final_layer_norm.bias", width, scale=0.02)
+    sd.linear("text_projection", width, width, bias=False)
+    return dict(sd)
