@@ -160,12 +160,12 @@ def is_4bit(tensor: Any) -> bool:
 def wrap(packed: Tensor, state: QuantState, dtype: Optional[torch.dtype] = None) -> QuantizedTensor:
     """A QuantizedTensor over the tensors of a weight, of which none is copied.
 
-    packed: the codes, uint8. dtype: what the weight decodes to; None: the dtype that it had.
+    packed: the codes, of any dtype. dtype: what the weight decodes to; None: the dtype that it had.
     """
     if state.shape is None:
         raise InvalidArgumentError("the state has no shape")
     params = _params(state, dtype or state.dtype)
-    return QuantizedTensor(packed.reshape(-1, 1), LAYOUTS[state.quant_type].name, params)
+    return QuantizedTensor(packed.view(torch.uint8).reshape(-1, 1), LAYOUTS[state.quant_type].name, params)
 
 
 def with_dtype(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:

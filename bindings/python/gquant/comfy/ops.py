@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..torch import QuantState
 from .layouts import LAYOUTS, is_4bit, with_dtype, wrap
+from .lora import LowRank, low_rank
 
-# ComfyUI's name of each layout in the .comfy_quant of a layer.
-FORMATS = {layout.name: f"gquant_{quant_type}" for quant_type, layout in LAYOUTS.items()}
+# The name of each layout in the .comfy_quant of a layer, which `gquant convert --convention comfy` writes too.
+FORMATS = {layout.name: f"bnb_{quant_type}" for quant_type, layout in LAYOUTS.items()}
 
 for _layout, _format in FORMATS.items():
     _entry = {"storage_t": torch.uint8, "parameters": set(), "comfy_tensor_layout": _layout, "quantize_input": False}
@@ -33,6 +34,30 @@ def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
 
         The codes are not copied when they are loaded: they stay views of the file.
         """
+
+        _weight_function: list[Any] = []
+
+        @property
+        def weight_function(self) -> list[Any]:
+            """What ComfyUI does to the weight in a forward pass."""
+            return self._weight_function
+
+        @weight_function.setter
+        def weight_function(self, functions: list[Any]) -> None:
+            self._weight_function = [low_rank(function) for function in functions]
+
+        def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            functions = [low_rank(function) for function in self._weight_function] if is_4bit(self.weight) else []
+            if not functions or not all(isinstance(function, LowRank) for function in functions):
+                return super().forward(input, *args, **kwargs)
+            kept, self._weight_function = self._weight_function, []
+            try:
+                y = super().forward(input, *args, **kwargs)
+            finally:
+                self._weight_function = kept
+            for function in functions:
+                function.add(y, input)
+            return y
 
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
             weight = _take_weight(state_dict, prefix + "weight")
