@@ -19,5 +19,22 @@ sys.path.insert(0, str(support.PACKAGE))
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
     if not support.LIBRARY.exists():
         pytest.exit(f"{support.LIBRARY} is not there: run `make lib` first", returncode=2)
+
+
+def pytest_collection_modifyitems(items):
+    folder = Path(__file__).resolve().parent
+    marked = [item for item in items if Path(item.path).parent == folder and item.get_closest_marker("cuda")]
+    if marked and not _has_cuda():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device, or libgquant was built without CUDA"))
+
+
+def _has_cuda():
+    import torch
+
+    import gquant
+
+    return torch.cuda.is_available() and bool(gquant.devices())

@@ -10,6 +10,7 @@ import comfy.quant_ops
 import torch
 from torch import Tensor, nn
 
+from .._errors import UnsupportedError
 from ..torch import QuantState
 from .layouts import LAYOUTS, is_4bit, with_dtype, wrap
 from .lora import LowRank, low_rank
@@ -97,6 +98,11 @@ def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
             """Takes a changed weight: quantized as the one that was there, rounded by chance with the seed."""
             if not is_4bit(self.weight):
                 return super().set_weight(weight, inplace_update=inplace_update, seed=seed, return_weight=return_weight, **kwargs)
+            if inplace_update:  # to take it back, ComfyUI would copy codes into the weight, but not absmax
+                raise UnsupportedError(
+                    "a hook (a scheduled LoRA) cannot patch a 4-bit weight while the model runs: load the LoRA for the whole run, with "
+                    "Load LoRA (LoraLoader) or its bypass"
+                )
             changed = with_dtype(self.weight.requantize_from_float(weight, stochastic_rounding=seed), self.weight.dtype)
             if return_weight:
                 return changed
@@ -104,7 +110,7 @@ def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             # torch copies the storage of a tensor, which a QuantizedTensor has not.
-            if is_4bit(self.weight):
+            if is_4bit(getattr(self, "weight", None)):
                 memo[id(self.weight)] = nn.Parameter(self.weight.clone(), requires_grad=False)
             copied = memo[id(self)] = type(self).__new__(type(self))
             copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
