@@ -112,7 +112,7 @@ def test_gathered_geometry(load, mode, nested):
 
 
 @variants
-@pytest.mark.parametrize("kind", ["lora", "loha", "dora"])
+@pytest.mark.parametrize("kind", ["lokr", "loha", "dora"])
 def test_dynamic_vram_patches_a_resident_weight_in_place(load, kind, mode, nested):
     model = load(mode, nested)
     name, module = next((name, module) for name, module in layers(model).items() if "mlp" in name)
@@ -131,6 +131,35 @@ def test_dynamic_vram_patches_a_resident_weight_in_place(load, kind, mode, neste
     assert same_bytes(resident, weight)  # what the next steps will use is what this one used
     exact = module.weight_lowvram_function(module.weight.dequantize())
     assert distance(resident.dequantize(), exact) < 0.2
+
+
+@pytest.mark.parametrize("order", ["as ComfyUI", "the other way round"])
+def test_dynamic_vram_leaves_a_weight_with_a_lora_alone(load, order):
+    model = load()
+    name, module = next((name, module) for name, module in layers(model).items() if "mlp" in name)
+    patched = with_lora(model, lora("lora", {f"{name}.weight": tuple(module.weight.shape)}))
+    patch = comfy.model_patcher.LowVramPatch(f"{name}.weight", patched.patches)
+    x = torch.randn(3, module.in_features)
+    plain = module(x)
+    exact = torch.nn.functional.linear(x, patch(module.weight.dequantize()), module.bias)
+
+    def attach(patch, functions):
+        pairs = [("weight_lowvram_function", patch), ("weight_function", functions)]
+        for attribute, value in pairs if order == "as ComfyUI" else pairs[::-1]:
+            setattr(module, attribute, value)
+
+    for _ in range(2):  # each time that the model is loaded
+        attach(patch, [])
+        assert module.weight_lowvram_function is None and len(module.weight_function) == 1
+        assert distance(module(x), exact) < 1e-6
+    attach(patch, [lambda weight: 2 * weight])
+    assert distance(module(x) - module.bias, 2 * (exact - module.bias)) < 1e-6
+    attach(None, [])
+    assert torch.equal(module(x), plain) and module.weight_function == []
+    # A layer whose weight is not quantized is ComfyUI's own.
+    module.weight = torch.nn.Parameter(module.weight.dequantize(), requires_grad=False)
+    attach(patch, [])
+    assert module.weight_lowvram_function is patch and module.weight_function == []
 
 
 # ---- copies and clones

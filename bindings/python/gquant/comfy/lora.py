@@ -1,7 +1,8 @@
 """LoRAs beside a packed weight: y += scale · (x · downᵀ) · upᵀ. Needs ComfyUI.
 
 When a layer is offloaded, ComfyUI leaves its patches in the layer's weight_function, and applies them to the decoded weight in
-every forward pass. Where all of them are low-rank products the weight can stay packed, and what is added is exact.
+every forward pass; under dynamic VRAM in weight_lowvram_function, and quantizes the patched weight again. Where all of them are
+low-rank products the weight can stay as it is, and what is added is exact.
 """
 
 from dataclasses import dataclass

@@ -36,26 +36,43 @@ def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
         The codes are not copied when they are loaded: they stay views of the file.
         """
 
-        _weight_function: list[Any] = []
+        _functions: list[Any] = []
+        _patch: Any = None
 
         @property
         def weight_function(self) -> list[Any]:
-            """What ComfyUI does to the weight in a forward pass."""
-            return self._weight_function
+            """What is to be done to the weight in a forward pass: ComfyUI sets it for layers that it offloads."""
+            return self._functions
 
         @weight_function.setter
         def weight_function(self, functions: list[Any]) -> None:
-            self._weight_function = [low_rank(function) for function in functions]
+            self._functions = functions
+            self.weight_lowvram_function = self._patch
+
+        @property
+        def weight_lowvram_function(self) -> Any:
+            """What is to be done to the weight when dynamic VRAM brings it to the device; LoRAs become weight functions instead, so that
+            they are exact wherever the weight is."""
+            return None if isinstance(self._patch, LowRank) else self._patch
+
+        @weight_lowvram_function.setter
+        def weight_lowvram_function(self, patch: Any) -> None:
+            functions = [self._low_rank(function) for function in self._functions if function is not self._patch]
+            self._patch = self._low_rank(patch)
+            self._functions = [self._patch, *functions] if isinstance(self._patch, LowRank) else functions
+
+        def _low_rank(self, function: Any) -> Any:
+            return low_rank(function) if is_4bit(getattr(self, "weight", None)) else function
 
         def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            functions = [low_rank(function) for function in self._weight_function] if is_4bit(self.weight) else []
+            functions = [self._low_rank(function) for function in self._functions]
             if not functions or not all(isinstance(function, LowRank) for function in functions):
                 return super().forward(input, *args, **kwargs)
-            kept, self._weight_function = self._weight_function, []
+            kept, self._functions = self._functions, []
             try:
                 y = super().forward(input, *args, **kwargs)
             finally:
-                self._weight_function = kept
+                self._functions = kept
             for function in functions:
                 function.add(y, input)
             return y
