@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import support
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 PATH = os.environ.get("GQUANT_COMFYUI_PATH", "")
 if not PATH:
@@ -24,6 +25,7 @@ if not PATH:
 if not (Path(PATH) / "comfy" / "sd.py").exists():
     pytest.exit(f"GQUANT_COMFYUI_PATH is {PATH}, where there is no comfy/sd.py", returncode=2)
 sys.path.insert(1, PATH)
+NODES = support.ROOT / "bindings" / "comfyui"  # the folder that goes into custom_nodes
 
 import comfy.cli_args
 
@@ -31,6 +33,7 @@ comfy.cli_args.args.cpu = True
 
 import comfy.sample
 import comfy.sd
+import comfy.taesd.taesd
 
 import gquant
 import tiny_models
@@ -63,11 +66,26 @@ class Models:
         self.folder = Path(folder)
 
     def source(self, name):
-        """A bfloat16 file: "flux", "wan", "clip_l"."""
+        """A bfloat16 file: of a function in tiny_models, "vae", or "checkpoint" (sd3, full_clip_l and vae)."""
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
-            save_file(getattr(tiny_models, name)(), path, metadata={"format": "pt"})
+            made = getattr(self, f"_{name}", None) or getattr(tiny_models, name)
+            save_file(made(), path, metadata={"format": "pt"})
         return str(path)
+
+    def _vae(self):
+        """A small VAE for 16 latent channels, random."""
+        generator = torch.Generator().manual_seed(4)
+        shapes = comfy.taesd.taesd.TAESD(latent_channels=16).state_dict()
+        sd = {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
+        for name in sorted(shapes.keys() - sd.keys()):
+            shape = shapes[name].shape
+            sd[name] = torch.randn(shape, generator=generator) * shape[1:].numel() ** -0.5
+        return sd
+
+    def _checkpoint(self):
+        parts = {"model.diffusion_model.": "sd3", "text_encoders.clip_l.transformer.": "full_clip_l", "first_stage_model.": "vae"}
+        return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in load_file(self.source(part)).items()}
 
     def quantized(self, name, mode="nf4", nested=False, **options):
         """It, as gquant converts it."""

@@ -84,3 +84,44 @@ def test_encoders_of_which_one_is_quantized(models):
     for order, found in ((paths, 19), (paths[::-1], 0)):
         clip = loaders.load_clip(order, comfy.sd.CLIPType.SD3, options=OPTIONS)
         assert len(packed(clip.cond_stage_model)) == found
+
+
+def test_checkpoint(models):
+    model, clip, vae = loaders.load_checkpoint(models.quantized("checkpoint"))
+    want, want_clip, want_vae, _ = comfy.sd.load_checkpoint_guess_config(models.decoded("checkpoint"))
+    with gquant.open(models.quantized("checkpoint")) as file:
+        assert len(packed(model.model)) + len(packed(clip.cond_stage_model)) == len(file.layers)
+    prompt = encode(clip)
+    assert all(torch.allclose(a, b, rtol=1e-2, atol=2e-2) for a, b in zip(prompt, encode(want_clip)))
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = []
+    for m in (model, want):
+        conds = [[prompt[0], {"pooled_output": prompt[1]}]]
+        made.append(comfy.sample.sample(m, noise, 2, 1.0, "euler", "simple", conds, conds, torch.zeros_like(noise), seed=0))
+    assert made[0].isfinite().all() and made[0].std() > 0.5 and torch.equal(*made)
+    assert torch.equal(vae.decode(made[0]), want_vae.decode(made[0]))
+
+
+def test_parts_of_a_checkpoint(models):
+    path = models.quantized("checkpoint")
+    model, clip, vae = loaders.load_checkpoint(path)
+    for part, patcher in (("model", model), ("clip", clip.patcher), ("vae", vae.patcher)):
+        make, arguments = patcher.cached_patcher_init
+        again = make(*arguments, disable_dynamic=True)
+        assert type(again.model).__name__ == type(patcher.model).__name__ and len(packed(again.model)) == len(packed(patcher.model)), part
+
+
+def test_checkpoint_is_a_diffusion_model_too(models):
+    assert type(loaders.load_model(models.quantized("checkpoint")).model).__name__ == "SD3"
+
+
+def test_checkpoint_that_is_saved_is_the_same(models, tmp_path):
+    model, clip, vae = loaders.load_checkpoint(models.quantized("checkpoint", "fp4", True))
+    path = str(tmp_path / "saved.safetensors")
+    loaders.save_model(path, model, clip, vae)
+    given, saved = load_file(models.quantized("checkpoint", "fp4", True)), load_file(path)
+    for name, tensor in given.items():
+        if tensor.dtype is torch.uint8 or name.rpartition(".")[2] in ("nested_absmax", "absmax", "quant_map", "nested_quant_map"):
+            assert torch.equal(saved[name], tensor), name
+    again, clip_again, _ = loaders.load_checkpoint(path)
+    assert all(torch.equal(a, b) for a, b in zip(encode(clip_again), encode(clip)))

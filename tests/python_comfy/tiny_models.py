@@ -98,15 +98,45 @@ def wan(dim=256, ffn=512, layers=2, channels=16, seed=1):
     return dict(sd)
 
 
+def sd3(depth=2, patches=64, seed=3):
+    """Stable Diffusion 3: 16 latent channels, pictures of up to 16 · patches pixels a side; text [.., 4096], pooled text [2048]."""
+    sd, hidden = _Weights(seed), 64 * depth
+    sd.random("pos_embed", 1, patches * patches, hidden, scale=0.1)
+    sd.random("x_embedder.proj.weight", hidden, 16, 2, 2, scale=64**-0.5)
+    sd.random("x_embedder.proj.bias", hidden, scale=0.02)
+    for name, width in (("t_embedder", 256), ("y_embedder", 2048)):
+        sd.linear(f"{name}.mlp.0", hidden, width)
+        sd.linear(f"{name}.mlp.2", hidden, hidden)
+    sd.linear("context_embedder", hidden, 4096)
+    for i in range(depth):
+        for side in ("context_block", "x_block"):
+            block, last = f"joint_blocks.{i}.{side}", i == depth - 1 and side == "context_block"
+            sd.linear(f"{block}.attn.qkv", 3 * hidden, hidden)
+            sd.linear(f"{block}.adaLN_modulation.1", (2 if last else 6) * hidden, hidden)
+            if not last:
+                sd.linear(f"{block}.attn.proj", hidden, hidden)
+                sd.linear(f"{block}.mlp.fc1", 4 * hidden, hidden)
+                sd.linear(f"{block}.mlp.fc2", hidden, 4 * hidden)
+    sd.linear("final_layer.linear", 64, hidden)
+    sd.linear("final_layer.adaLN_modulation.1", 2 * hidden, hidden)
+    return dict(sd)
+
+
 CLIP_L = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 3}
+_FULL_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
 
 
-def clip_l(seed=2):
-    """CLIP-L's text encoder with the sizes of CLIP_L, which ComfyUI takes as the model option "model_config"."""
-    sd, width, inner = _Weights(seed), CLIP_L["hidden_size"], CLIP_L["intermediate_size"]
+def full_clip_l():
+    """CLIP-L's text encoder as large as it is: 123 million weights."""
+    return clip_l(_FULL_CLIP_L)
+
+
+def clip_l(sizes=CLIP_L, seed=2):
+    """CLIP-L's text encoder, by default with the sizes of CLIP_L, which ComfyUI takes as the model option "model_config"."""
+    sd, width, inner = _Weights(seed), sizes["hidden_size"], sizes["intermediate_size"]
     sd.random("text_model.embeddings.token_embedding.weight", 49408, width, scale=0.5)
     sd.random("text_model.embeddings.position_embedding.weight", 77, width, scale=0.1)
-    for i in range(CLIP_L["num_hidden_layers"]):
+    for i in range(sizes["num_hidden_layers"]):
         layer = f"text_model.encoder.layers.{i}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             sd.linear(f"{layer}.self_attn.{part}", width, width)

@@ -23,13 +23,14 @@ def _dtype() -> Any:
         "dtype",
         options=list(_DTYPES),
         default="default",
+        optional=True,
         tooltip="What the model computes in. The weights stay in 4 bits whatever it is. default: what ComfyUI takes on this machine.",
         advanced=True,
     )
 
 
 def _device(options: list[str], tooltip: str) -> Any:
-    return io.Combo.Input("device", options=options, default="default", tooltip=tooltip, advanced=True)
+    return io.Combo.Input("device", options=options, default="default", optional=True, tooltip=tooltip, advanced=True)
 
 
 _MODEL_DEVICE = (
