@@ -1,4 +1,7 @@
-"""Compares compiled layers with packed weights with eager ones; test_comfy_linear.py runs it in a process where torch.compile is on."""
+"""Compares compiled layers with packed weights with eager ones; test_comfy_linear.py runs it in a process where torch.compile is on.
+
+    BACKEND [DEVICE]
+"""
 
 import sys
 
@@ -8,7 +11,8 @@ from torch import nn
 
 import gquant.comfy
 
-backend = sys.argv[1]
+backend, *device = sys.argv[1:]
+torch.set_default_device(device[0] if device else "cpu")
 
 
 def layer(n, k, name, nested):

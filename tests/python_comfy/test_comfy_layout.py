@@ -10,7 +10,7 @@ import gquant
 from gquant.comfy import is_4bit, wrap
 from gquant.torch import QuantState, dequantize_4bit
 from support import modules
-from weights import DTYPES, KINDS, LAYOUTS, NAMES, quantized, random, same_bytes, tensors
+from layout_weights import DTYPES, KINDS, LAYOUTS, NAMES, quantized, random, same_bytes, tensors
 
 kinds = pytest.mark.parametrize("layout, nested", KINDS, ids=NAMES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

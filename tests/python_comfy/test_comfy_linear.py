@@ -6,7 +6,7 @@ from torch.nn import functional
 
 import gquant.comfy.handlers
 import support
-from weights import DTYPES, KINDS, NAMES, quantized, random
+from layout_weights import DTYPES, KINDS, NAMES, quantized, random
 
 kinds = pytest.mark.parametrize("layout, nested", KINDS, ids=NAMES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

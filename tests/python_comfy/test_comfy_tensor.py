@@ -11,7 +11,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from gquant.comfy import is_4bit
-from weights import KINDS, NAMES, quantized, random, same_bytes, tensors
+from layout_weights import KINDS, NAMES, quantized, random, same_bytes, tensors
 
 kinds = pytest.mark.parametrize("layout, nested", KINDS, ids=NAMES)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfyui import models, packed, sample  # noqa: F401: a fixture
 from loras import KINDS, lora
-from weights import same_bytes
+from layout_weights import same_bytes
 
 import gquant
 from gquant.comfy import loaders

@@ -14,7 +14,7 @@ import torch
 from comfyui import models, packed, sample  # noqa: F401: a fixture
 from loras import lora
 from test_comfyui_lora import CPU, VARIANTS, distance, snapshot, unchanged, with_lora
-from weights import same_bytes, tensors
+from layout_weights import same_bytes, tensors
 
 from gquant.comfy import is_4bit, loaders
 
