@@ -95,10 +95,13 @@ class Models:
         return str(path)
 
     def decoded(self, name, mode="nf4", nested=False):
-        """That, with float32 weights again: what computing with the 4-bit file must equal."""
+        """That, with all tensors in float32: what computing with the 4-bit file must equal."""
         path = self.folder / f"{name}_{mode}{'_nested' * nested}_decoded.safetensors"
         if not path.exists():
-            gquant.dequantize_model(self.quantized(name, mode, nested), path, dtype="f32", progress=False)
+            restored = self.folder / "restored.safetensors"
+            gquant.dequantize_model(self.quantized(name, mode, nested), restored, dtype="f32", force=True, progress=False)
+            # ComfyUI takes the dtype of some encoders from a norm, which was not quantized.
+            save_file({key: tensor.float() for key, tensor in load_file(restored).items()}, path)
         return str(path)
 
 

@@ -37,6 +37,21 @@ def test_encoder_gives_what_its_decoded_weights_do(models, mode, nested):
     assert len(packed(clip.cond_stage_model)) == 3 * 6 + 1  # 6 in each layer, and the projection
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "options", "layers"),
+    [
+        ("t5", comfy.sd.CLIPType.STABLE_AUDIO, {"t5base_model_config": tiny_models.T5}, 12),
+        ("qwen3", comfy.sd.CLIPType.QWEN_IMAGE, {"qwen3_06b_model_config": tiny_models.QWEN}, 14),
+    ],
+)
+def test_other_kinds_of_encoders(models, name, kind, options, layers):
+    clip = loaders.load_clip([models.quantized(name, "nf4", True)], kind, torch.float32, options=options)
+    want = comfy.sd.load_clip([models.decoded(name, "nf4", True)], clip_type=kind, model_options=options | {"dtype": torch.float32})
+    found, want = (encode(c)[0] for c in (clip, want))
+    assert found.isfinite().all() and found.std() > 0.01 and torch.equal(found, want)
+    assert len(packed(clip.cond_stage_model)) == layers
+
+
 def test_default_dtype(models):
     """ComfyUI keeps encoders in float16 and computes in float32, to which weights decode without float16 in between."""
     want = encode(decoded(models.decoded("clip_l")))

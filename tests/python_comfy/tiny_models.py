@@ -149,3 +149,47 @@ def clip_l(sizes=CLIP_L, seed=2):
     sd.random("text_model.final_layer_norm.bias", width, scale=0.02)
     sd.linear("text_projection", width, width, bias=False)
     return dict(sd)
+
+
+T5 = {"d_model": 256, "d_ff": 512, "d_kv": 64, "num_heads": 4, "num_layers": 2}
+
+
+def t5(seed=5):
+    """T5's encoder with the sizes of T5, which ComfyUI takes as the model option "t5base_model_config"."""
+    sd, width, inner = _Weights(seed), T5["d_model"], T5["num_heads"] * T5["d_kv"]
+    sd.random("shared.weight", 32128, width)
+    sd.random("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", 32, T5["num_heads"])
+    for i in range(T5["num_layers"]):
+        block = f"encoder.block.{i}.layer"
+        for part in "qkv":
+            sd.linear(f"{block}.0.SelfAttention.{part}", inner, width, bias=False)
+        sd.linear(f"{block}.0.SelfAttention.o", width, inner, bias=False)
+        sd.linear(f"{block}.1.DenseReluDense.wi", T5["d_ff"], width, bias=False)
+        sd.linear(f"{block}.1.DenseReluDense.wo", width, T5["d_ff"], bias=False)
+        for j in range(2):
+            sd.ones(f"{block}.{j}.layer_norm.weight", width)
+    sd.ones("encoder.final_layer_norm.weight", width)
+    return dict(sd)
+
+
+QWEN = {"num_hidden_layers": 2, "intermediate_size": 512, "vocab_size": 32768}
+
+
+def qwen3(seed=6):
+    """Qwen3 0.6B with the sizes of QWEN, which ComfyUI takes as the model option "qwen3_06b_model_config"."""
+    sd, width, head = _Weights(seed), 1024, 128
+    sd.random("model.embed_tokens.weight", QWEN["vocab_size"], width)
+    for i in range(QWEN["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        for part, heads in (("q", 16), ("k", 8), ("v", 8)):
+            sd.linear(f"{layer}.self_attn.{part}_proj", heads * head, width, bias=False)
+        sd.linear(f"{layer}.self_attn.o_proj", width, 16 * head, bias=False)
+        sd.ones(f"{layer}.self_attn.q_norm.weight", head)
+        sd.ones(f"{layer}.self_attn.k_norm.weight", head)
+        for part in ("gate", "up"):
+            sd.linear(f"{layer}.mlp.{part}_proj", QWEN["intermediate_size"], width, bias=False)
+        sd.linear(f"{layer}.mlp.down_proj", width, QWEN["intermediate_size"], bias=False)
+        sd.ones(f"{layer}.input_layernorm.weight", width)
+        sd.ones(f"{layer}.post_attention_layernorm.weight", width)
+    sd.ones("model.norm.weight", width)
+    return dict(sd)

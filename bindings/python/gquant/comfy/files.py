@@ -18,6 +18,7 @@ from .._errors import BadFileError
 from ..torch import QuantState, dequantize_4bit, quantize_4bit
 
 _STATE = ".quant_state.bitsandbytes__"
+_STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _ROW_ABSMAX, _INT8_LAYOUT = "SCB", "weight_format"
 _DESCRIPTION = ".comfy_quant"  # ComfyUI's; of our formats it says nothing that the state does not
 
@@ -60,8 +61,8 @@ def weights(tensors: Mapping[str, Tensor], notices: list[str]) -> dict[str, Valu
         name = key.partition(_STATE)[0]
         if name not in found:
             raise BadFileError(f"{key} describes a weight that is not there: {name}")
-        parts = {part[len(name) + 1 :]: found.pop(part) for part in tensors if part.startswith(name + ".")}
-        parts.pop(_DESCRIPTION[1:], None)  # of a tensor that is not called .weight
+        parts = {part: found.pop(f"{name}.{part}") for part in _STATISTICS if f"{name}.{part}" in found}
+        parts[key[len(name) + 1 :]] = found.pop(key)
         packed = found[name].view(torch.uint8)
         found[name] = Weight(packed, QuantState.from_dict(parts, device=packed.device))
         found.pop(name.removesuffix(".weight") + _DESCRIPTION, None)
