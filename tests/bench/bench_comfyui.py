@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Measures 4-bit models in ComfyUI: loading one, its memory, and a step of sampling, against bf16, fp8 and bitsandbytes.
 
-    GQUANT_COMFYUI_PATH=… python tests/bench/bench_comfy.py                  # Flux' size: 12e9 weights; 60 GB of memory, 7 of disk
-    GQUANT_COMFYUI_PATH=… python tests/bench/bench_comfy.py --double 6 --single 12
+    GQUANT_COMFYUI_PATH=… python tests/bench/bench_comfyui.py                  # Flux' size: 12e9 weights; 60 GB of memory, 7 of disk
+    GQUANT_COMFYUI_PATH=… python tests/bench/bench_comfyui.py --double 6 --single 12
 
 Needs what tests/python_comfy/comfyui.py lists, and bitsandbytes for its row. Weights are random, of Flux' shapes, with 4,096 tokens of a picture of
 1024 × 1024 and 512 of text. Loading: from the page cache, the least of three. A step: one forward pass of the model with all weights
-on the device, the median of nine. All in one run; numbers go to build/bench/comfy.json.
+on the device, the median of nine. All in one run; numbers go to build/bench/comfyui.json.
 """
 
 import argparse
@@ -201,7 +201,7 @@ def main():
     if bitsandbytes and DEVICE.type == "cuda":
         model = with_bitsandbytes(comfy.sd.load_diffusion_model_state_dict(dict(sd), {"dtype": torch.bfloat16}))
         note("bitsandbytes: step", 1e3 * step(model, given.side), "ms")
-    (FOLDER / "comfy.json").write_text(json.dumps(result, indent=1) + "\n")
+    (FOLDER / "comfyui.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
