@@ -201,13 +201,13 @@ def _round(tensor: Tensor, params: Params, quant_type: str, seed: int) -> Tensor
     absmax = params.scale
     if params.nested:
         absmax = dequantize_blockwise(absmax, params.nested_absmax, params.nested_code, blocksize=NESTED_BLOCKSIZE) + params.offset
-    generator = torch.Generator(tensor.device).manual_seed(seed)
+    absmax = absmax.where(absmax != 0, 1.0)  # a block of zeros
+    generator, widths = torch.Generator(tensor.device).manual_seed(seed), values.diff()
     chosen = torch.empty(tensor.numel(), dtype=torch.uint8, device=tensor.device)
     for x, to, scales in zip(tensor.view(-1).split(_CHUNK), chosen.split(_CHUNK), absmax.split(_CHUNK // params.blocksize)):
         scales = scales.repeat_interleave(params.blocksize)[: x.numel()]
-        x = torch.where(scales == 0, 0, x.float() / scales).clamp_(-1, 1)
-        high = torch.searchsorted(values, x).clamp_(max=len(values) - 1)
-        low = (high - 1).clamp_(min=0)
-        up = torch.rand(x.shape, generator=generator, device=x.device) < (x - values[low]) / (values[high] - values[low])
-        to.copy_(codes[torch.where(up, high, low)])
+        x = x.float().div(scales).clamp_(-1, 1)
+        low = torch.searchsorted(values[1:-1], x, out_int32=True)  # lo is its value, hi the next
+        up = torch.rand(x.shape, generator=generator, device=x.device) < (x - values[low]) / widths[low]
+        to.copy_(codes[low + up])
     return pack_4bit(chosen).view(-1, 1)
