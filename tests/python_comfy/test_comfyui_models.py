@@ -82,19 +82,41 @@ def test_bytes_of_bitsandbytes_with_other_storage(models):
     assert torch.equal(sample(loaders.load_model(models.quantized("flux", quant_storage="bf16"))), want)
 
 
-def diffusers_file(folder, nested, hidden=256):
+def test_names_of_gptqmodel(models, tmp_path):
+    tensors = {name.replace(".weight.quant_state.bitsandbytes__nf4", ".weight_quant_state"): t for name, t in load_file(models.quantized("flux")).items()}
+    tensors = {name.replace(".weight.", ".weight_"): tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "gptqmodel.safetensors")
+    want = sample(loaders.load_model(models.quantized("flux")))
+    assert torch.equal(sample(loaders.load_model(str(tmp_path / "gptqmodel.safetensors"))), want)
+
+
+def test_int8_weights_are_decoded(models, tmp_path, caplog):
+    tensors = load_file(models.source("flux"))
+    for name in [name for name in tensors if "mlp" in name and name.endswith(".weight")]:
+        module = name.removesuffix("weight")
+        tensors[name], tensors[f"{module}SCB"], _ = gquant.quantize_rows_int8(tensors[name])
+        tensors[f"{module}weight_format"] = torch.zeros((), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "int8.safetensors")
+    gquant.dequantize_model(tmp_path / "int8.safetensors", tmp_path / "f16.safetensors", dtype="f16", progress=False)
+    want = sample(comfy.sd.load_diffusion_model(str(tmp_path / "f16.safetensors")))
+    assert torch.equal(sample(loaders.load_model(str(tmp_path / "int8.safetensors"))), want)
+    assert "LLM.int8 weights were decoded" in caplog.text
+
+
+def diffusers_file(folder, nested, blocksize, hidden=256):
     """A tiny Flux with diffusers' names in 4 bits, and what ComfyUI makes of its decoded weights."""
     model = tiny_models.flux(hidden=hidden)
     key_map = comfy.utils.flux_to_diffusers({"depth": 2, "depth_single_blocks": 2, "hidden_size": hidden})
     save_file(tiny_models.diffusers(model, key_map), folder / "bf16.safetensors")
-    gquant.convert(folder / "bf16.safetensors", folder / "nf4.safetensors", "nf4", double_quant=nested, block_size=64, progress=False)
+    gquant.convert(folder / "bf16.safetensors", folder / "nf4.safetensors", "nf4", double_quant=nested, block_size=blocksize, progress=False)
     gquant.dequantize_model(folder / "nf4.safetensors", folder / "decoded.safetensors", dtype="f32", progress=False)
     return str(folder / "nf4.safetensors"), comfy.sd.load_diffusion_model(str(folder / "decoded.safetensors"))
 
 
+@pytest.mark.parametrize("blocksize", [64, 4096])
 @pytest.mark.parametrize("nested", [False, True])
-def test_diffusers_names_are_joined_without_loss(tmp_path, caplog, nested):
-    path, want = diffusers_file(tmp_path, nested)
+def test_diffusers_names_are_joined_without_loss(tmp_path, caplog, nested, blocksize):
+    path, want = diffusers_file(tmp_path, nested, blocksize)
     model = loaders.load_model(path)
     weights = packed(model.model.diffusion_model)
     dense = want.model.diffusion_model.state_dict()

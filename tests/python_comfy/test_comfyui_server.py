@@ -227,3 +227,15 @@ def test_every_node_explains_itself(server):
         inputs = info[name]["input"]
         for key, (kind, *options) in (inputs["required"] | inputs.get("optional", {})).items():
             assert kind in ("MODEL", "CLIP", "VAE") or options[0]["tooltip"], (name, key)
+
+
+def test_project_file_is_one_that_comfyui_reads():
+    parser = pytest.importorskip("comfy_config.config_parser", reason="needs pydantic-settings")
+    found = parser.extract_node_configuration(str(NODES))
+    assert found.project.name and "comfyui" not in found.project.name.lower() and found.project.version == gquant.__version__
+    assert found.project.supported_os and found.project.supported_accelerators and found.project.supported_comfyui_version
+    assert found.tool_comfy.publisher_id and found.tool_comfy.display_name
+
+
+def test_examples_are_listed_as_templates(server):
+    assert sorted(server.ask("/workflow_templates")["gquant"]) == [path.stem for path in EXAMPLES]

@@ -201,7 +201,7 @@ def quantize_model(
             tensor = QuantizedTensor(packed, LAYOUTS[quant_type].name, params)
             sd[_description(name)] = _describe(tensor)
             quantized += 1
-        sd[name] = tensor.to(model.offload_device)
+        sd[name] = tensor.to(model.offload_device, copy=not is_4bit(tensor))  # the two models share nothing
     progress(len(tensors), len(tensors))
     if not quantized:
         raise InvalidArgumentError("the model has no linear layer to quantize, or exclude leaves none")
