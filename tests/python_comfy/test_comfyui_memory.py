@@ -3,6 +3,7 @@
 import comfyui  # isort: skip
 import copy
 import threading
+from pathlib import Path
 
 import comfy.memory_management
 import comfy.model_management
@@ -16,6 +17,7 @@ from loras import lora
 from test_comfyui_lora import CPU, VARIANTS, distance, snapshot, unchanged, with_lora
 from layout_weights import same_bytes, tensors
 
+import support
 from gquant.comfy import is_4bit, loaders
 
 variants = pytest.mark.parametrize(("mode", "nested"), VARIANTS)
@@ -190,6 +192,37 @@ def test_deepcopy_of_a_model(load, mode, nested):
         assert getattr(layer, "quant_format", None) == getattr(source, "quant_format", None)
 
 
+# ---- torch.compile
+
+
+def test_torch_compile():
+    """A layer compiles in one piece, with a LoRA beside it, too."""
+    code = """
+import comfyui
+import comfy.model_patcher, comfy.weight_adapter, torch
+from layout_weights import KINDS, quantized, random
+from gquant.comfy.ops import linear_4bit_ops
+
+x = [random(rows, 128, seed=rows) for rows in (2, 3, 5)]
+for layout, nested in KINDS:
+    layer = linear_4bit_ops(torch.float32).Linear(128, 96)
+    layer.load_state_dict({"weight": quantized(layout, nested), "bias": torch.ones(96)})
+    adapter = comfy.weight_adapter.LoRAAdapter(set(), (random(96, 4), random(4, 128), None, None, None, None))
+    patch = comfy.model_patcher.LowVramPatch("k", {"k": [(1.0, adapter, 1.0, None, None)]})
+    for functions in ([], [patch]):
+        layer.weight_function = functions
+        for dynamic in (False, True):
+            torch._dynamo.reset()
+            compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+            with torch.inference_mode():
+                for given in x:
+                    torch.testing.assert_close(compiled(given), layer(given))
+"""
+    folder = Path(__file__).parent
+    paths = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(folder.with_name('python_binding'))!r}]\n"
+    support.python(paths + code, TORCHDYNAMO_DISABLE="0")
+
+
 # ---- state dicts
 
 
@@ -204,6 +237,19 @@ def test_load_state_dict_takes_what_state_dict_gives(load, mode, nested):
     for ours, theirs in zip(packed(model.model).values(), packed(other.model).values()):
         assert ours._params.dtype == theirs._params.dtype == torch.bfloat16
         assert ours.dtype == theirs.dtype
+
+
+def test_a_layer_takes_a_plain_weight_again(load):
+    model = load()
+    name, module = next(iter(layers(model).items()))
+    dense = module.weight.dequantize()
+    module.load_state_dict({"weight": dense, "bias": module.bias})
+    assert not is_4bit(module.weight) and torch.equal(module.weight, dense)
+    patched = with_lora(model, lora("lora", {f"{name}.weight": tuple(dense.shape)}))
+    assert sample(patched).isfinite().all()
+    assert not is_4bit(module.weight)
+    comfy.model_management.unload_all_models()
+    assert torch.equal(module.weight, dense) and set(module.state_dict()) == {"weight", "bias"}
 
 
 def test_a_weight_of_another_shape_is_an_error(load):

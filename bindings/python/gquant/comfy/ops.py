@@ -36,8 +36,10 @@ def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
         The codes are not copied when they are loaded: they stay views of the file.
         """
 
-        _functions: list[Any] = []
-        _patch: Any = None
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self._functions: list[Any] = []
+            self._patch: Any = None  # of dynamic VRAM; in _functions, too, if it is a LowRank
 
         @property
         def weight_function(self) -> list[Any]:
@@ -80,6 +82,7 @@ def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
             weight = _take_weight(state_dict, prefix + "weight")
             if weight is None:
+                self.layout_type = self.quant_format = None
                 super()._load_from_state_dict(state_dict, prefix, *args)
                 return
             if tuple(weight.shape) != self._orig_shape:
@@ -102,7 +105,7 @@ def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
             found = {} if destination is None else destination
             if self.bias is not None:
                 found[prefix + "bias"] = self.bias
-            self.comfy_quant = _text({"format": self.quant_format})
+            self.comfy_quant = describe(self.weight)
             parts = self.weight.state_dict()
             _name(self.weight, parts)
             found |= {f"{prefix}weight{suffix}": part for suffix, part in parts.items()}
@@ -136,6 +139,11 @@ def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
     return type("Linear4bitOps", (base,), {"Linear": Linear})
 
 
+def describe(weight: Any) -> Tensor:
+    """The .comfy_quant of a layer with a 4-bit weight: ComfyUI's JSON as uint8, by which it sees that a model is quantized."""
+    return torch.frombuffer(bytearray(json.dumps({"format": FORMATS[weight._layout_cls]}).encode()), dtype=torch.uint8)
+
+
 def _take_weight(state_dict: dict[str, Any], key: str) -> Any:
     """Takes a 4-bit weight out of a state dict; None if it is something else."""
     weight = state_dict.get(key)
@@ -147,10 +155,6 @@ def _take_weight(state_dict: dict[str, Any], key: str) -> Any:
         weight = wrap(weight, QuantState.from_dict(parts, device=weight.device))
     del state_dict[key]
     return weight
-
-
-def _text(description: dict[str, Any]) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
 
 
 def _name(weight: Any, parts: dict[str, Tensor]) -> None:
