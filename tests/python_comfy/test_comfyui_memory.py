@@ -192,6 +192,35 @@ def test_deepcopy_of_a_model(load, mode, nested):
         assert getattr(layer, "quant_format", None) == getattr(source, "quant_format", None)
 
 
+# ---- the layer
+
+
+@variants
+@pytest.mark.parametrize("mode_", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda mode: mode.__name__)
+def test_a_layer_gives_what_the_decoded_weight_gives(load, mode, nested, mode_):
+    for module in list(layers(load(mode, nested)).values())[:3]:
+        x, weight = torch.randn(2, 3, module.in_features), module.weight.dequantize()
+        with mode_():
+            assert torch.equal(module(x), torch.nn.functional.linear(x, weight, module.bias))
+            half = module(x.bfloat16())
+            assert half.dtype == torch.bfloat16
+            torch.testing.assert_close(half.float(), torch.nn.functional.linear(x, weight, module.bias), rtol=0.1, atol=0.1)
+            module.weight_function = [lambda weight: -weight]
+            assert torch.equal(module(x), torch.nn.functional.linear(x, -weight, module.bias))
+            module.weight_function = []
+        given = torch.randn(2, module.in_features, requires_grad=True)
+        module(given).sum().backward()
+        torch.testing.assert_close(given.grad, weight.sum(0).expand(2, -1))
+
+
+def test_a_layer_can_be_interrupted(load):
+    module = next(iter(layers(load()).values()))
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException), torch.inference_mode():
+        module(torch.randn(2, module.in_features))
+    module(torch.randn(2, module.in_features))
+
+
 # ---- torch.compile
 
 

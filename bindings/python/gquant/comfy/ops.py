@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._errors import UnsupportedError
 from ..torch import QuantState
+from . import handlers
 from .layouts import LAYOUTS, is_4bit, with_dtype, wrap
 from .lora import LowRank, low_rank
 
@@ -67,17 +68,36 @@ def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
             return low_rank(function) if is_4bit(getattr(self, "weight", None)) else function
 
         def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self._at_hand(input):
+                comfy.ops.run_every_op()
+                return handlers.linear(input, self.weight, self.bias)
             functions = [self._low_rank(function) for function in self._functions]
             if not functions or not all(isinstance(function, LowRank) for function in functions):
                 return super().forward(input, *args, **kwargs)
             kept, self._functions = self._functions, []
             try:
-                y = super().forward(input, *args, **kwargs)
+                y = self.forward(input, *args, **kwargs)
             finally:
                 self._functions = kept
             for function in functions:
                 function.add(y, input)
             return y
+
+        def _at_hand(self, input: Tensor) -> bool:
+            """Whether ComfyUI's layer would do nothing but multiply: it takes longer to find that out than a small product does."""
+            weight, bias = self.weight, self.bias
+            return (
+                not torch.compiler.is_compiling()
+                and not self._functions
+                and not self.bias_function
+                and "_v" not in self.__dict__  # dynamic VRAM
+                and type(input) is Tensor
+                and is_4bit(weight)
+                and weight._params.orig_dtype is input.dtype
+                and weight._qdata.device == input.device
+                and (bias is None or (bias.dtype is input.dtype and bias.device == input.device))
+                and not torch.is_grad_enabled()
+            )
 
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
             weight = _take_weight(state_dict, prefix + "weight")
