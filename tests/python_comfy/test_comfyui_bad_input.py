@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import gquant
 from gquant.comfy import loaders, probe
+from gquant.comfy.quantize import quantize_model
+from gquant.comfy.save import save_model
 
 SD = comfy.sd.CLIPType.STABLE_DIFFUSION
 
@@ -122,11 +124,11 @@ def test_other_kinds_of_files(tmp_path):
 def test_model_that_cannot_be_quantized_or_saved(models, tmp_path):
     plain, packed = comfy.sd.load_diffusion_model(models.source("flux")), loaders.load_model(models.quantized("flux"))
     with pytest.raises(gquant.InvalidArgumentError, match="quantized already"):
-        loaders.quantize_model(packed)
+        quantize_model(packed)
     with pytest.raises(gquant.InvalidArgumentError, match="no linear layer"):
-        loaders.quantize_model(plain, exclude=["*"])
+        quantize_model(plain, exclude=["*"])
     with pytest.raises(gquant.InvalidArgumentError, match="no 4-bit weights.*Quantize4Bit"):
-        loaders.save_model(str(tmp_path / "a.safetensors"), plain)
+        save_model(str(tmp_path / "a.safetensors"), plain)
     assert not list(tmp_path.iterdir())
 
 
@@ -136,7 +138,7 @@ def test_save_that_fails_leaves_nothing(models, tmp_path, monkeypatch):
 
     monkeypatch.setattr(comfy.sd, "save_checkpoint", save_checkpoint)
     with pytest.raises(gquant.BadFileError, match="wrote 0 of"):
-        loaders.save_model(str(tmp_path / "a.safetensors"), loaders.load_model(models.quantized("flux")))
+        save_model(str(tmp_path / "a.safetensors"), loaders.load_model(models.quantized("flux")))
     assert not list(tmp_path.iterdir())
 
 
@@ -151,7 +153,7 @@ def test_cancel(models):
     source = comfy.sd.load_diffusion_model(models.source("flux"))
     before = comfyui.sample(source)
     with pytest.raises(Cancelled):
-        loaders.quantize_model(source, progress=cancel)
+        quantize_model(source, progress=cancel)
     assert torch.equal(comfyui.sample(source), before)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import gquant
 from gquant.comfy import loaders
+from gquant.comfy.save import save_model
 
 OPTIONS = {"model_config": dict(tiny_models.CLIP_L)}
 SD = comfy.sd.CLIPType.STABLE_DIFFUSION
@@ -133,7 +134,7 @@ def test_checkpoint_is_a_diffusion_model_too(models):
 def test_checkpoint_that_is_saved_is_the_same(models, tmp_path):
     model, clip, vae = loaders.load_checkpoint(models.quantized("checkpoint", "fp4", True))
     path = str(tmp_path / "saved.safetensors")
-    loaders.save_model(path, model, clip, vae)
+    save_model(path, model, clip, vae)
     given, saved = load_file(models.quantized("checkpoint", "fp4", True)), load_file(path)
     for name, tensor in given.items():
         if tensor.dtype is torch.uint8 or name.rpartition(".")[2] in ("nested_absmax", "absmax", "quant_map", "nested_quant_map"):

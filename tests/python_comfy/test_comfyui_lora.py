@@ -15,6 +15,7 @@ from layout_weights import same_bytes
 import gquant
 from gquant.comfy import loaders
 from gquant.comfy.lora import LowRank
+from gquant.comfy.save import save_model
 
 CPU = torch.device("cpu")
 VARIANTS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
@@ -181,7 +182,7 @@ def test_a_patched_model_saves_and_loads(pair, shapes, tmp_path):
     patched = with_lora(model, lora("lora", shapes))
     want = sample(patched)
     patched.unpatch_model(CPU)
-    loaders.save_model(str(tmp_path / "patched.safetensors"), patched)
+    save_model(str(tmp_path / "patched.safetensors"), patched)
     again = loaders.load_model(str(tmp_path / "patched.safetensors"))
     assert torch.equal(sample(again), want)
 

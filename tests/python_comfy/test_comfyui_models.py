@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from support import same
 
 import gquant
-from gquant.comfy import files, loaders
+from gquant.comfy import build, files, loaders
+from gquant.comfy.quantize import quantize_model
+from gquant.comfy.save import save_model
 
 VARIANTS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
 
@@ -130,7 +132,7 @@ def test_model_that_is_saved_is_the_same(models, tmp_path):
     for mode, nested in VARIANTS:
         model = loaders.load_model(models.quantized("flux", mode, nested))
         path = str(tmp_path / f"{mode}{nested}.safetensors")
-        assert loaders.save_model(path, model) == len(packed(model.model))
+        assert save_model(path, model) == len(packed(model.model))
         saved, given = load_file(path), load_file(models.quantized("flux", mode, nested))
         for name, weight in given.items():
             if not name.endswith(".bias") and "scale" not in name and weight.dtype is not torch.bfloat16:
@@ -145,7 +147,7 @@ def test_quantized_in_memory_is_quantized_on_disk(models, mode, nested):
     source = comfy.sd.load_diffusion_model(models.source("flux"), {"dtype": torch.bfloat16})
     before = sample(source)
     calls = []
-    model = loaders.quantize_model(source, mode, nested=nested, progress=lambda *done: calls.append(done))
+    model = quantize_model(source, mode, nested=nested, progress=lambda *done: calls.append(done))
     converted = packed(loaders.load_model(models.quantized("flux", mode, nested)).model)
     weights = packed(model.model)
     assert weights.keys() == converted.keys()
@@ -159,7 +161,7 @@ def test_quantized_in_memory_is_quantized_on_disk(models, mode, nested):
 def test_quantized_model_keeps_what_was_set(models):
     source = comfy.sd.load_diffusion_model(models.source("flux"))
     source.model_options["transformer_options"]["mark"] = 1
-    model = loaders.quantize_model(source, exclude=["*mod.lin.weight", "final_layer.*"])
+    model = quantize_model(source, exclude=["*mod.lin.weight", "final_layer.*"])
     assert model.model_options["transformer_options"]["mark"] == 1
     weights = packed(model.model.diffusion_model)
     assert "double_blocks.0.img_mod.lin.weight" not in weights and "final_layer.linear.weight" not in weights
@@ -180,7 +182,7 @@ def test_lora_is_quantized_with_the_weights(models):
     patched, _ = comfy.sd.load_lora_for_models(source, None, lora, 1.0, 0.0)
     sample(patched)  # the patch is in the weights that both share
     for given, up in ((patched, 1.0), (source, 0.0)):
-        model = loaders.quantize_model(given)
+        model = quantize_model(given)
         want = source.model.diffusion_model.state_dict()[name].clone()
         assert not model.patches
         product = lora[f"diffusion_model.{name[:-7]}.lora_up.weight"] @ lora[f"diffusion_model.{name[:-7]}.lora_down.weight"]
@@ -201,5 +203,5 @@ def test_weights_that_are_not_of_linear_layers_are_decoded(models, tmp_path):
     values = files.weights(load_file(models.quantized("flux")), [])
     weight = values["img_in.weight"]
     weight.state.shape = torch.Size([256, 4, 16])
-    sd = loaders._state_dict({"a.weight": weight})
+    sd = build.state_dict({"a.weight": weight})
     assert set(sd) == {"a.weight"} and same(sd["a.weight"], weight.dequantize())

@@ -189,10 +189,10 @@ class Quantize4Bit(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, format: str, blocksize: str = "64", double_quant: bool = False, exclude: str = "") -> io.NodeOutput:
-        from . import loaders
+        from . import quantize
 
         globs = [glob.strip() for glob in exclude.split(",") if glob.strip()]
-        return io.NodeOutput(loaders.quantize_model(model, format, int(blocksize), double_quant, globs, _progress()))
+        return io.NodeOutput(quantize.quantize_model(model, format, int(blocksize), double_quant, globs, _progress()))
 
 
 class Save4BitModel(io.ComfyNode):
@@ -223,14 +223,14 @@ class Save4BitModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, filename_prefix: str, clip: Any = None, vae: Any = None) -> io.NodeOutput:
-        from . import loaders
+        from . import save
 
         folder, filename, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         metadata: dict[str, str] = {}
         if not args.disable_metadata:
             metadata["prompt"] = json.dumps(cls.hidden.prompt)
             metadata |= {key: json.dumps(value) for key, value in (cls.hidden.extra_pnginfo or {}).items()}
-        loaders.save_model(os.path.join(folder, f"{filename}_{counter:05}_.safetensors"), model, clip, vae, metadata)
+        save.save_model(os.path.join(folder, f"{filename}_{counter:05}_.safetensors"), model, clip, vae, metadata)
         return io.NodeOutput()
 
 
