@@ -25,11 +25,12 @@ class _Product:
     part: Optional[tuple[int, int, int]]  # dimension, start, length; None: the whole weight
 
     def add(self, y: Tensor, x: Tensor) -> None:
+        """y: [rows, n], x: [rows, k]."""
         if self.part is not None:
             dimension, start, length = self.part
-            y, x = (y.narrow(-1, start, length), x) if dimension == 0 else (y, x.narrow(-1, start, length))
+            y, x = (y.narrow(1, start, length), x) if dimension == 0 else (y, x.narrow(1, start, length))
         up, down = (factor.to(x.device, x.dtype, non_blocking=True) for factor in (self.up, self.down))
-        y.add_(functional.linear(functional.linear(x, down), up), alpha=self.scale)
+        y.addmm_(functional.linear(x, down), up.t(), alpha=self.scale)  # y is read and written once
 
 
 class LowRank:
@@ -43,8 +44,9 @@ class LowRank:
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """Adds what the patches add to y, the layer's output without them, in place. x: the layer's input."""
+        rows, inputs = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         for product in self.products:
-            product.add(y, x)
+            product.add(rows, inputs)
 
     def move_to(self, device: Any) -> int:
         """Moves the factors; the bytes that they take."""
