@@ -3,7 +3,6 @@
 They get the weights as QuantizedTensors, by whose shapes they detect a model, and layers that take those. Nothing of ComfyUI is changed.
 """
 
-import json
 import os
 import re
 from typing import Any, Optional, Union
@@ -21,7 +20,7 @@ import comfy.memory_management  # noqa: E402
 import comfy.model_management as management  # noqa: E402
 import comfy.sd  # noqa: E402
 
-from .ops import FORMATS, linear_4bit_ops  # noqa: E402
+from .ops import describe, linear_4bit_ops  # noqa: E402
 
 # What an encoder works without: files of text encoders often leave it out.
 _OPTIONAL = re.compile(r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector|lm_head)\.")
@@ -46,11 +45,6 @@ def state_dict(values: dict[str, files.Value]) -> StateDict:
 def description(name: str) -> str:
     """The key of a weight's description."""
     return name.removesuffix("weight") + "comfy_quant"
-
-
-def describe(weight: QuantizedTensor) -> Tensor:
-    """ComfyUI's JSON of a layer, by which it sees that a model is quantized."""
-    return torch.frombuffer(bytearray(json.dumps({"format": FORMATS[weight._layout_cls]}).encode()), dtype=torch.uint8)
 
 
 def build_model(sd: StateDict, config: Any, metadata: Any, dtype: Optional[torch.dtype], device: str, disable_dynamic: bool, path: str) -> Any:

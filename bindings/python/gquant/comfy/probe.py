@@ -34,7 +34,9 @@ _COMFYUI = {
     "comfy.model_management.unet_manual_cast": ("weight_dtype", "inference_device", "supported_dtypes"),
     "comfy.model_management.unet_offload_device": (),
     "comfy.model_management.unload_model_and_clones": ("model",),
+    "comfy.model_patcher.LowVramPatch": ("key", "patches"),
     "comfy.ops.mixed_precision_ops": ("quant_config", "compute_dtype"),
+    "comfy.ops.run_every_op": (),
     "comfy.quant_ops.QUANT_ALGOS": (),
     "comfy.sd.CLIPType": (),
     "comfy.sd.detect_te_model": ("sd",),
@@ -49,6 +51,7 @@ _COMFYUI = {
     "comfy.utils.convert_old_quants": ("state_dict", "model_prefix", "metadata"),
     "comfy.utils.load_torch_file": ("ckpt", "safe_load", "return_metadata"),
     "comfy.utils.state_dict_prefix_replace": ("state_dict", "replace_prefix", "filter_keys"),
+    "comfy.weight_adapter.LoRAAdapter": ("weights",),
 }
 
 
