@@ -1,6 +1,8 @@
 """Diffusion models in ComfyUI: what a 4-bit file computes is what its decoded weights compute, bit for bit."""
 
 import comfyui  # isort: skip
+import json
+
 import comfy.sd
 import comfy.utils
 import pytest
@@ -77,6 +79,22 @@ def test_prefixes_of_checkpoints_are_cut_off(models, tmp_path):
 def test_comfy_convention(models):
     want = sample(loaders.load_model(models.quantized("flux")))
     assert torch.equal(sample(loaders.load_model(models.quantized("flux", convention="comfy"))), want)
+
+
+def test_layers_in_formats_of_comfyui(models, tmp_path):
+    """Beside 4-bit layers a file may have others that ComfyUI's header describes."""
+    tensors, name = load_file(models.source("flux")), "double_blocks.0.img_mlp.0"
+    scale = tensors[f"{name}.weight"].abs().max().float() / 448
+    tensors[f"{name}.weight"] = (tensors[f"{name}.weight"].float() / scale).to(torch.float8_e4m3fn)
+    tensors[f"{name}.weight_scale"] = scale
+    described = {"format_version": "1.0", "layers": {name: {"format": "float8_e4m3fn"}}}
+    save_file(tensors, tmp_path / "fp8.safetensors", {"_quantization_metadata": json.dumps(described)})
+    gquant.convert(tmp_path / "fp8.safetensors", tmp_path / "mixed.safetensors", progress=False)
+    model = loaders.load_model(str(tmp_path / "mixed.safetensors"))
+    weight = model.model.diffusion_model.get_submodule(name).weight
+    assert weight._layout_cls == "TensorCoreFP8E4M3Layout" and len(packed(model.model)) == 33
+    source = sample(comfy.sd.load_diffusion_model(models.source("flux")))
+    assert torch.nn.functional.cosine_similarity(sample(model).flatten(), source.flatten(), dim=0) > 0.95
 
 
 def test_bytes_of_bitsandbytes_with_other_storage(models):

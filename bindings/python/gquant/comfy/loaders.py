@@ -1,7 +1,8 @@
 """Models with 4-bit weights from files. Needs ComfyUI."""
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -17,6 +18,10 @@ import comfy.model_detection as detection  # isort: skip
 import comfy.model_management as management  # isort: skip
 import comfy.sd  # isort: skip
 import comfy.utils  # isort: skip
+
+from .ops import FORMATS  # isort: skip
+
+_DESCRIPTIONS = "_quantization_metadata"  # ComfyUI's entry in a file's metadata
 
 
 def load_model(path: str, dtype: Optional[torch.dtype] = None, device: str = "default", disable_dynamic: bool = False) -> Any:
@@ -153,7 +158,7 @@ def _read(path: str, device: str, quantized: bool = True) -> tuple[dict[str, fil
     if not path.lower().endswith((".safetensors", ".sft")):
         raise UnsupportedError(f"{build.file_name(path)} is no safetensors file, as which alone 4-bit weights are published")
     with models.open(path) as model:
-        metadata, layers = dict(model.metadata), list(model.layers.values())
+        metadata, layers = _undescribed(model.metadata), list(model.layers.values())
     if quantized and not layers:
         raise _not_quantized(path)
     if build.reads_straight(device) or any(layer.convention != "bitsandbytes" for layer in layers):
@@ -168,6 +173,17 @@ def _read(path: str, device: str, quantized: bool = True) -> tuple[dict[str, fil
         raise BadFileError(f"{build.file_name(path)}: {e}") from None
     _tell(path, notices)
     return values, metadata
+
+
+def _undescribed(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Without the descriptions of 4-bit layers, each of which ComfyUI would make a tensor that says what is known already."""
+    try:
+        described = json.loads(metadata.get(_DESCRIPTIONS, "{}"))
+    except ValueError as e:
+        raise BadFileError(f"{_DESCRIPTIONS} in the file's metadata is no JSON: {e}") from None
+    others = {name: layer for name, layer in described.get("layers", {}).items() if layer.get("format") not in FORMATS.values()}
+    kept = {key: value for key, value in metadata.items() if key != _DESCRIPTIONS}
+    return kept | ({_DESCRIPTIONS: json.dumps(described | {"layers": others})} if others else {})
 
 
 def _not_quantized(path: str) -> InvalidArgumentError:
