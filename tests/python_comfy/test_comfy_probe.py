@@ -36,3 +36,8 @@ def test_without_kitchen():
     code = "import sys; sys.modules['comfy_kitchen'] = None; import gquant, gquant.torch; import gquant.comfy"
     p = python(code, check=False)
     assert p.returncode and "UnsupportedError" in p.stderr.splitlines()[-1] and "pip install --upgrade comfy-kitchen" in p.stderr.splitlines()[-1]
+
+
+def test_without_comfyui():
+    p = python("import gquant.comfy.loaders", check=False)
+    assert p.returncode and "UnsupportedError: there is no ComfyUI" in p.stderr.splitlines()[-1]

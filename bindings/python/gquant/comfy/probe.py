@@ -6,6 +6,7 @@ Each check raises an UnsupportedError that says what is missing, in what, and wh
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 from typing import Any
 
@@ -72,8 +73,10 @@ def kitchen() -> None:
 
 @functools.cache
 def comfyui() -> None:
-    """Checks ComfyUI, which is to be importable."""
+    """Checks ComfyUI, and comfy-kitchen with it."""
     kitchen()
+    if importlib.util.find_spec("comfy") is None:
+        raise UnsupportedError("there is no ComfyUI to import: this part of gquant.comfy works in its process, or with its folder in sys.path")
     missing = _missing(_COMFYUI)
     if missing:
         try:
