@@ -110,7 +110,7 @@ go-fuzz: | need-go need-cc
 	done
 
 py-test: $(GQUANT) lib/libgquant.so $(VENV) $(MODEL)
-	$(PY) -m pytest -q tests/python tests/python_binding tests/python_cuda
+	$(PY) -m pytest -q tests/python tests/python_binding tests/python_comfy tests/python_cuda
 
 # ---- lint
 
