@@ -86,8 +86,8 @@ func listKernels() []location {
 		}
 		for i := range 4 {
 			plain, nested := (linear1 + kernel(3*i)).of(d), (linear1Nested + kernel(3*i)).of(d)
-			list[plain] = location{"linear", fmt.Sprintf("gq_linear_%s_%d", name, 1<<i)}
-			list[nested] = location{"linear", fmt.Sprintf("gq_linear_%s_%d_nested", name, 1<<i)}
+			list[plain] = location{"linear_few", fmt.Sprintf("gq_linear_%s_%d", name, 1<<i)}
+			list[nested] = location{"linear_few", fmt.Sprintf("gq_linear_%s_%d_nested", name, 1<<i)}
 		}
 	}
 	for i, t := range linearTiles {

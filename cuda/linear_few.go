@@ -9,7 +9,7 @@ import (
 	"unsafe"
 )
 
-// few is kernels/linear.cu, for up to 64 rows of x. Weights are value·absmax in float32, with the 16 values rounded.
+// few is kernels/linear_few.cu, for up to 64 rows of x. Weights are value·absmax in float32, with the 16 values rounded.
 type few struct{}
 
 const fewTokens = 64

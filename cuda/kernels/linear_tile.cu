@@ -1,7 +1,7 @@
-// y = x · Wᵀ + bias for more tokens than linear.cu takes, on any GPU from Ampere on. W is packed in 4 bits and read as it lies in memory.
+// y = x · Wᵀ + bias for more tokens than linear_few.cu takes, on any GPU from Ampere on. W is packed in 4 bits and read as it lies in memory.
 //
 // A CTA multiplies tiles of rows of W and tokens, step by step along k. Its warps share out the rows: each decodes its own straight into the
-// 16-row operand of mma.m16n8k16, as in linear.cu, and uses it for all its tokens. Rings in shared memory, which cp.async fills some steps ahead and
+// 16-row operand of mma.m16n8k16, as in linear_few.cu, and uses it for all its tokens. Rings in shared memory, which cp.async fills some steps ahead and
 // across tiles, hold the packed weights and the tokens. Operands are decoded half a step before they are multiplied, also across steps, for
 // which the ring of weights is one step ahead of the tokens'.
 //

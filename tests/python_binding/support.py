@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "bindings" / "python"
 LIBRARY = Path(os.environ.get("GQUANT_LIBRARY", ROOT / "lib" / "libgquant.so")).resolve()
 HEADER = ROOT / "include" / "gquant.h"
-ENVIRONMENT = {"GQUANT_LIBRARY": str(LIBRARY), "PYTHONPATH": str(PACKAGE)}
+# What else PYTHONPATH has stays.
+ENVIRONMENT = {"GQUANT_LIBRARY": str(LIBRARY), "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))}
 
 
 def python(code, *options, check=True, timeout=300, **environment):

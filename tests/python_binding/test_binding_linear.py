@@ -117,35 +117,6 @@ def test_out(dtype):
             torch.testing.assert_close(out, torch.ops.gquant.linear_4bit(x, added, *weight), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("n,k", [(128, 33), (129, 33), (1000, 64), (1030, 20), (256, 200)])
-def test_slabs(n, k, monkeypatch):
-    """For many rows of x a weight is decoded in slabs of its own rows, which differ by less than 128 and are no smaller than they should be."""
-    decode, found = ops.lib.gq_dequantize_range, []
-
-    def counted(state, first, count, *where):
-        found.append((first // k, count // k))
-        decode(state, first, count, *where)
-
-    monkeypatch.setattr(ops.lib, "gq_dequantize_range", counted)
-    monkeypatch.setattr(ops, "_SLAB_BYTES", 256 * 33 * 8)
-    weight, bias = quantized(n, k, nested=True), normal(n, dtype=torch.float64)
-    for rows in (2047, 2048):
-        x = normal(rows, k, dtype=torch.float64)
-        for given, added in ((x, None), (x, bias), (x.view(1, rows, k), bias), (normal(k, rows, dtype=torch.float64).T, bias[:1].expand(n))):
-            found.clear()
-            y = torch.ops.gquant.linear_4bit(given, added, *weight)
-            slabs, out = list(found), torch.full_like(y, 7)
-            torch.ops.gquant.linear_4bit.out(given, added, *weight, out=out)
-            assert y.is_contiguous() and same(out, y)
-            torch.testing.assert_close(y, torch.nn.functional.linear(given, decoded(weight, torch.float64), added), rtol=0, atol=1e-11)
-            if rows < 2048 or n * k < 2 * 256 * 33:
-                assert slabs == []
-                continue
-            step = slabs[0][1]
-            assert len(slabs) > 1 and step % 128 == 0 and 256 * 33 <= step * k < 2 * 256 * 33 + 128 * k
-            assert slabs == [(first, min(step, n - first)) for first in range(0, n, step)]
-
-
 def test_out_has_no_gradient():
     weight, x, out = quantized(33, 100), normal(4, 100).requires_grad_(), torch.empty(4, 33)
     with pytest.raises(gquant.InvalidArgumentError, match="no gradient"):

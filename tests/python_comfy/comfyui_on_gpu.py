@@ -97,7 +97,8 @@ for nested in (False, True):
     plain, want = run(model), run(decoded)
     assert plain.isfinite().all() and distance(plain, want) < 0.03, distance(plain, want)
     assert weights(model).keys() == before.keys()
-    shapes = {name: tuple(weight.shape) for name, weight in before.items() if any(part in name for part in ("attn", "mlp", "linear"))}
+    # Not the last layer: ComfyUI loads layers of up to 16 KiB at once, patched, also under dynamic VRAM.
+    shapes = {name: tuple(weight.shape) for name, weight in before.items() if any(part in name for part in ("attn", "mlp", ".linear1", ".linear2"))}
     for kind in ("lora", "loha", "lokr", "dora"):
         patched, wanted = (comfy.sd.load_lora_for_models(m, None, lora(kind, shapes), 1.0, 0)[0] for m in (model, decoded))
         result, want = run(patched), run(wanted)

@@ -43,7 +43,7 @@ def test_linear(layout, nested, dtype, mode):
             with mode():
                 y = functional.linear(x, weight, added)
             assert y.dtype == dtype and y.shape == (1, rows, 1000)
-            support.check_linear(y, x, added, weight_arguments(weight))
+            support.check_linear(y, x, added, weight_arguments(weight), 1.05 if rows <= 8 else 1.25)  # kernels for many rows round weights
 
 
 @kinds

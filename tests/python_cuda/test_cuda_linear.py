@@ -118,11 +118,10 @@ def test_what_is_decoded(calls):
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("n,k", [(8192, 4096), (9000, 4099)])
-def test_slabs(n, k, stored):
-    """A large weight and many rows of x: memory is that of slabs, and the result that of the whole weight."""
-    weight, bias = quantized(n, k, 64, True, "nf4", stored), normal(n, dtype=torch.bfloat16, seed=2).cuda()
-    size = n * k * stored.itemsize
+@pytest.mark.parametrize("n,k,blocksize", [(32768, 4096, 32), (9000, 4099, 64)])
+def test_slabs(n, k, blocksize, stored):
+    """A large weight and many rows of x: memory is that of slabs. No kernel takes these weights as they are."""
+    weight, bias = quantized(n, k, blocksize, True, "nf4", stored), normal(n, dtype=torch.bfloat16, seed=2).cuda()
     for rows in (2047, 2048):
         x = normal(rows, k, dtype=torch.bfloat16, seed=rows).cuda()
         for added in (None, bias):
@@ -132,10 +131,12 @@ def test_slabs(n, k, stored):
             before = torch.cuda.memory_allocated()
             torch.ops.gquant.linear_4bit.out(x, added, *weight, out=out)
             used = torch.cuda.max_memory_allocated() - before
-            if rows >= 2048:  # a slab as it is stored, and one of x's dtype, but no columns of y
-                assert used <= (58 << 20 if stored is torch.float32 else 40 << 20)
+            if rows >= 2048:  # a slab, and cuBLASLt's own
+                assert used <= 100 << 20
                 assert equal(out, y)
-            check_linear(y, x, added, weight, MANY_ROWS)
+            elif n == 32768:
+                assert used >= 2 * n * k
+            check_linear(y, x, added, weight, 1.5)  # cuBLASLt may round a sum before it adds the bias
 
 
 @fuses

@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 
 from .. import _ffi, quant
 from .._buffers import current_stream
-from .._errors import InvalidArgumentError
+from .._errors import InvalidArgumentError, UnsupportedError
 from .._ffi import lib
 
 _WEIGHT = (
@@ -276,7 +276,7 @@ def plain(x: Tensor, packed: Tensor) -> bool:
 
 def linear(x: Tensor, bias: Optional[Tensor], weight: tuple[Any, ...], out: Optional[Tensor] = None) -> Tensor:
     """x · weightᵀ + bias, in out if given; without torch's dispatcher where the library multiplies."""
-    packed, shape, blocksize = weight[0], weight[5], weight[7]
+    packed, shape = weight[0], weight[5]
     device, on_cpu, dtype, given = packed.get_device(), packed.is_cpu, x.dtype, x.shape
     if len(shape) != 2:
         raise InvalidArgumentError(f"the weight has shape {tuple(shape)}; a linear layer needs 2 dimensions")
@@ -313,51 +313,56 @@ def linear(x: Tensor, bias: Optional[Tensor], weight: tuple[Any, ...], out: Opti
     y = x.new_empty((*given[:-1], n)) if out is None else out
     if state is None:
         return _state(*weight).linear(x, bias, y)  # slower, and knows what is wrong
-    execution = None if on_cpu else _on(device, _current_stream(device))
-    if workspace:
-        scratch = torch.empty(workspace, dtype=_U8, device=packed.device)
-        stream = _current_stream(device)
-        execution = ctypes.byref(_ffi.gq_exec(device=device, stream=stream, workspace=scratch.data_ptr(), workspace_bytes=workspace))
-    added = c_uint64(0 if bias is None else bias.data_ptr())
-    status = _gq_linear(state.handle, c_uint64(x.data_ptr()), c_int64(rows), _ARGUMENTS[dtype], added, c_uint64(y.data_ptr()), execution)
-    if status != 0:
-        raise _ffi.error(status)
-    return y
+    return _multiply(state, x, bias, y, rows, workspace)
 
 
-# Decoded elements of a slab: as many bytes at least, and not twice as many.
-_SLAB_BYTES = 32 << 20
+_SLAB_BYTES = 64 << 20  # of decoded elements, from which on a weight is decoded in slabs
 _SLAB_ROWS = 2048  # of x, from which on slabs are no slower than the whole weight
 
 
 def _decoded(x: Tensor, bias: Optional[Tensor], weight: tuple[Any, ...], out: Optional[Tensor], rows: int) -> Tensor:
-    """linear() with the decoded weight; for many rows of x it is decoded in slabs of its own rows, so that memory is bounded."""
+    """linear() with the decoded weight. For many rows of x and a large weight that is the library's work, which takes slabs of the weight
+    and so bounded memory; torch would copy y's columns, or add the bias in a pass of its own."""
     packed, (n, k), stored, dtype = weight[0], weight[5], weight[6], x.dtype
-    slabs = n * k * max(stored.itemsize, dtype.itemsize) // _SLAB_BYTES
-    # Autocast chooses the dtype of products, but not of those with out=.
-    state = _borrow(weight) if slabs > 1 and rows >= _SLAB_ROWS and not torch.is_autocast_enabled() else None
-    if state is None:
-        dense = torch.empty(n, k, dtype=stored, device=packed.device)
-        decode(weight, dense)
-        if out is None:
-            return torch.nn.functional.linear(x, dense.to(dtype), bias)
-        torch.nn.functional.linear(x.reshape(rows, k), dense.to(dtype), bias, out=out.view(rows, n))
-        return out
-    y = x.new_empty((*x.shape[:-1], n)) if out is None else out
-    x, to = x.reshape(rows, k), y.view(rows, n)
-    even = -(n // -slabs)
-    step = -(even // -128) * 128
-    slab = torch.empty(step, k, dtype=stored, device=packed.device)
-    execution = None if packed.is_cpu else _on(packed.get_device(), _current_stream(packed.get_device()))
-    for first in range(0, n, step):
-        dense = slab[: n - first]
-        lib.gq_dequantize_range(state.handle, first * k, dense.numel(), dense.data_ptr(), dense.nbytes, _NUMBERS[stored], execution)
-        # Columns of y as they lie there: for cuBLAS these are a matrix with a stride.
-        columns = to[:, first : first + step]
-        if bias is None:
-            torch.mm(x, dense.to(dtype).T, out=columns)
-        else:
-            torch.addmm(bias[first : first + step], x, dense.to(dtype).T, out=columns)
+    # Autocast chooses the dtype of products. float32 is torch's, which may be allowed to round it to TF32.
+    if packed.is_cuda and dtype in _HALVES and rows >= _SLAB_ROWS and n * k * 2 >= _SLAB_BYTES and not torch.is_autocast_enabled():
+        state = _borrow(weight)
+        workspace = None if state is None else _slab_bytes(state.handle.value, rows, _NUMBERS[dtype], packed.get_device())
+        if workspace is not None:
+            y = x.new_empty((*x.shape[:-1], n)) if out is None else out
+            return _multiply(state, x.contiguous(), None if bias is None else bias.contiguous(), y, rows, workspace)
+    dense = torch.empty(n, k, dtype=stored, device=packed.device)
+    decode(weight, dense)
+    if out is None:
+        return torch.nn.functional.linear(x, dense.to(dtype), bias)
+    torch.nn.functional.linear(x.reshape(rows, k), dense.to(dtype), bias, out=out.view(rows, n))
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _slab_bytes(state: int, rows: int, dtype: int, device: int) -> Optional[int]:
+    """The bytes of workspace with which gq_linear decodes a weight in slabs; None if there is no libcublasLt."""
+    size = c_uint64()
+    try:
+        lib.gq_linear_workspace_size(state, rows, dtype, _ffi.gq_exec(device=device), ctypes.byref(size), None)
+    except UnsupportedError:
+        return None
+    return size.value
+
+
+def _multiply(state: Any, x: Tensor, bias: Optional[Tensor], y: Tensor, rows: int, workspace: int) -> Tensor:
+    """gq_linear of contiguous tensors."""
+    device = x.get_device()
+    stream = 0 if device < 0 else _current_stream(device)
+    if workspace:
+        scratch = torch.empty(workspace, dtype=_U8, device=x.device)
+        execution = ctypes.byref(_ffi.gq_exec(device=device, stream=stream, workspace=scratch.data_ptr(), workspace_bytes=workspace))
+    else:
+        execution = None if device < 0 else _on(device, stream)
+    added = c_uint64(0 if bias is None else bias.data_ptr())
+    status = _gq_linear(state.handle, c_uint64(x.data_ptr()), c_int64(rows), _ARGUMENTS[x.dtype], added, c_uint64(y.data_ptr()), execution)
+    if status != 0:
+        raise _ffi.error(status)
     return y
 
 
