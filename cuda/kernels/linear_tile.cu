@@ -26,16 +26,17 @@ static constexpr int RINGS = GQ_TILE_TABLES;         // behind them all
 
 extern __shared__ __align__(128) u8 shared[]; // slots are offsets in it
 
-// How a tile is laid out: a warp has ROW_TILES of 16 rows and COLUMNS of 8 tokens; TOKEN_WARPS of the warps have the same rows. A step is
-// STEPS spans.
-template <int ROW_TILES_, int COLUMNS_, int TOKEN_WARPS_, int STEPS_> struct Shape {
-    static constexpr int ROW_TILES = ROW_TILES_, COLUMNS = COLUMNS_, TOKEN_WARPS = TOKEN_WARPS_, STEPS = STEPS_;
-    static constexpr int LANE_ROWS = 2 * ROW_TILES; // neighbours
-    static constexpr int WARP_ROWS = 16 * ROW_TILES, ROWS = WARP_ROWS * (WARPS / TOKEN_WARPS);
-    static constexpr int WARP_TOKENS = 8 * COLUMNS, TOKENS = WARP_TOKENS * TOKEN_WARPS;
-    static constexpr int TOKEN_SLOT = TOKENS * STEPS * SPAN * 2;
-    static constexpr int SCALES = ROWS * STEPS * SPAN / 2; // behind the weights: a float32 for each row and span
-    static constexpr int WEIGHT_SLOT = SCALES + ROWS * STEPS * 4;
+// How a tile is laid out: a warp has 32 rows and all tokens, COLUMNS of 8.
+static constexpr int ROW_TILES = 2;                // of 16 rows
+static constexpr int LANE_ROWS = 2 * ROW_TILES;    // neighbours
+static constexpr int WARP_ROWS = 16 * ROW_TILES, ROWS = WARP_ROWS * WARPS;
+static constexpr int SCALES = ROWS * SPAN / 2;     // behind the weights in a slot: a float32 for each row
+static constexpr int WEIGHT_SLOT = SCALES + ROWS * 4;
+static_assert(ROWS == GQ_TILE_ROWS && SPAN == GQ_TILE_STEP, "");
+
+template <int COLUMNS_> struct Shape {
+    static constexpr int COLUMNS = COLUMNS_, TOKENS = 8 * COLUMNS;
+    static constexpr int TOKEN_SLOT = TOKENS * SPAN * 2;
 };
 
 // ---- instructions
@@ -67,9 +68,9 @@ struct Work {
         Work w;
         w.ctas = args.ctas;
         w.grain = args.grain;
-        w.per_tile = (u32)(args.linear.k / (S::STEPS * SPAN));
+        w.per_tile = (u32)(args.linear.k / SPAN);
         w.token_tiles = (u32)((args.linear.m + S::TOKENS - 1) / S::TOKENS);
-        w.steps = (args.linear.n + S::ROWS - 1) / S::ROWS * w.token_tiles * w.per_tile;
+        w.steps = (args.linear.n + ROWS - 1) / ROWS * w.token_tiles * w.per_tile;
         return w;
     }
     // The first step of a CTA.
@@ -98,38 +99,38 @@ struct Cursor {
 };
 
 // Where row i of a tile in shared memory is in W's tile: the 8 rows that a warp reads at once follow each other in shared memory, and a thread's in W.
-template <class S> static DEVICE u32 source_row(u32 i) {
-    return i / S::WARP_ROWS * S::WARP_ROWS + i % 8 * S::LANE_ROWS + i % S::WARP_ROWS / 8;
+static DEVICE u32 source_row(u32 i) {
+    return i / WARP_ROWS * WARP_ROWS + i % 8 * LANE_ROWS + i % WARP_ROWS / 8;
 }
 
 // ---- filling the rings
 
 template <class S, bool NESTED> struct Loader {
-    static constexpr int VALUES = (S::ROWS * S::STEPS + THREADS - 1) / THREADS; // scales per thread
+    static_assert(ROWS == THREADS, ""); // a thread has the scale of one row
     const gq_linear_args &a;
     const Work &work;
     Cursor next; // the weights that come next
     int left;    // that come still
     u32 token_tile, token_step; // the tokens that come next: of the weights that came last
     // What nested statistics are while they come.
-    u8 code[VALUES];
-    float absmax[VALUES];
+    u8 code;
+    float absmax;
 
     DEVICE Loader(const gq_linear_args &args, const Work &w, Cursor first, int steps)
         : a(args), work(w), next(first), left(steps), token_tile(0), token_step(0) {}
 
-    // Starts to fill a slot with the tokens for the weights that came last: 8 pieces of 16 bytes for each token and span. Two tokens that a warp reads at once
+    // Starts to fill a slot with the tokens for the weights that came last: 8 pieces of 16 bytes for each token. Two tokens that a warp reads at once
     // have them in another order, and so in other banks.
     DEVICE void load_tokens(u32 slot) {
         if (left < 0) return;
         const int64_t first = (int64_t)token_tile * S::TOKENS;
         const u32 last = (u32)min((int64_t)S::TOKENS, a.m - first) - 1; // tokens behind it are computed like it, and not stored
-        const u16 *x = pointer<const u16>(a.x) + first * a.k + (int64_t)token_step * (S::STEPS * SPAN);
+        const u16 *x = pointer<const u16>(a.x) + first * a.k + (int64_t)token_step * SPAN;
         const u32 to = shared_address(shared) + slot;
 #pragma unroll
-        for (int i = 0; i < S::TOKENS * S::STEPS * 8 / THREADS; i++) {
-            const u32 index = threadIdx.x + THREADS * i, piece = index % 8, span = index / 8 % S::STEPS, token = index / (8 * S::STEPS);
-            copy16_of_line(to + (span * S::TOKENS + token) * (SPAN * 2) + (piece ^ token % 2) * 16, x + min(token, last) * (u32)a.k + span * SPAN + piece * 8);
+        for (int i = 0; i < S::TOKENS * 8 / THREADS; i++) {
+            const u32 index = threadIdx.x + THREADS * i, piece = index % 8, token = index / 8;
+            copy16_of_line(to + token * (SPAN * 2) + (piece ^ token % 2) * 16, x + min(token, last) * (u32)a.k + piece * 8);
         }
     }
 
@@ -137,28 +138,22 @@ template <class S, bool NESTED> struct Loader {
     DEVICE void load_weights(u32 slot) {
         if (--left < 0) return;
         const u32 shift = a.weight.log2 - 6; // a block is 64 << shift weights
-        const int64_t first_row = (int64_t)next.row_tile * S::ROWS;
-        const u32 last = (u32)min((int64_t)S::ROWS, a.n - first_row) - 1, row_bytes = (u32)a.k / 2, row_blocks = (u32)(a.k / SPAN) >> shift;
-        const u8 *packed = pointer<const u8>(a.weight.packed) + first_row * row_bytes + next.step * (S::STEPS * SPAN / 2);
+        const int64_t first_row = (int64_t)next.row_tile * ROWS;
+        const u32 last = (u32)min((int64_t)ROWS, a.n - first_row) - 1, row_bytes = (u32)a.k / 2, row_blocks = (u32)(a.k / SPAN) >> shift;
+        const u8 *packed = pointer<const u8>(a.weight.packed) + first_row * row_bytes + next.step * (SPAN / 2);
         const u32 to = shared_address(shared) + slot;
-        constexpr int PIECES = S::STEPS * SPAN / 2 / 16; // of 16 bytes in a row
+        constexpr int PIECES = SPAN / 2 / 16; // of 16 bytes in a row
 #pragma unroll
-        for (int i = 0; i < S::ROWS * PIECES / THREADS; i++) {
+        for (int i = 0; i < ROWS * PIECES / THREADS; i++) {
             const u32 index = threadIdx.x + THREADS * i, row = index / PIECES, piece = index % PIECES;
-            copy16_of_line(to + (piece / 2 * S::ROWS + row) * (SPAN / 2) + piece % 2 * 16, packed + min(source_row<S>(row), last) * row_bytes + piece * 16);
+            copy16_of_line(to + row * (SPAN / 2) + piece * 16, packed + min(source_row(row), last) * row_bytes + piece * 16);
         }
-        const int64_t first_block = first_row * row_blocks;
-#pragma unroll
-        for (int i = 0; i < VALUES; i++) {
-            const u32 index = threadIdx.x + THREADS * i, row = index % S::ROWS, span = index / S::ROWS;
-            if (span >= S::STEPS) break;
-            const int64_t block = first_block + (min(source_row<S>(row), last) * row_blocks + (next.step * S::STEPS + span >> shift));
-            if (NESTED) {
-                code[i] = __ldg(pointer<const u8>(a.weight.absmax) + block);
-                absmax[i] = __ldg(pointer<const float>(a.weight.nested_absmax) + (block >> 8));
-            } else {
-                copy<4>(to + S::SCALES + index * 4, pointer<const float>(a.weight.absmax) + block);
-            }
+        const int64_t block = first_row * row_blocks + (min(source_row(threadIdx.x), last) * row_blocks + (next.step >> shift));
+        if (NESTED) {
+            code = __ldg(pointer<const u8>(a.weight.absmax) + block);
+            absmax = __ldg(pointer<const float>(a.weight.nested_absmax) + (block >> 8));
+        } else {
+            copy<4>(to + SCALES + threadIdx.x * 4, pointer<const float>(a.weight.absmax) + block);
         }
         token_tile = next.token_tile;
         token_step = next.step;
@@ -169,12 +164,7 @@ template <class S, bool NESTED> struct Loader {
     DEVICE void finish(u32 slot) {
         if (!NESTED || left < 0) return;
         const float *const codebook = (const float *)(shared + TABLE_BYTES), offset = *(const float *)(shared + OFFSET);
-        float *const scales = (float *)(shared + slot + S::SCALES);
-#pragma unroll
-        for (int i = 0; i < (NESTED ? VALUES : 0); i++) {
-            const u32 index = threadIdx.x + THREADS * i;
-            if (index < S::ROWS * S::STEPS) scales[index] = nested_absmax(codebook[code[i]], absmax[i], offset);
-        }
+        ((float *)(shared + slot + SCALES))[threadIdx.x] = nested_absmax(codebook[code], absmax, offset);
     }
 };
 
@@ -206,51 +196,49 @@ template <class S> struct Place {
     u32 row, token;
     DEVICE Place() {
         const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        row = warp / S::TOKEN_WARPS * S::WARP_ROWS + lane / 4 * S::LANE_ROWS;
-        token = warp % S::TOKEN_WARPS * S::WARP_TOKENS + lane % 4 * 2;
+        row = warp * WARP_ROWS + lane / 4 * LANE_ROWS;
+        token = lane % 4 * 2;
     }
-    DEVICE int64_t row_in(const Work &w, u32 tile) const { return (int64_t)(tile / w.token_tiles) * S::ROWS + row; }
+    DEVICE int64_t row_in(const Work &w, u32 tile) const { return (int64_t)(tile / w.token_tiles) * ROWS + row; }
     DEVICE int64_t token_in(const Work &w, u32 tile) const { return (int64_t)(tile % w.token_tiles) * S::TOKENS + token; }
 };
 
 // The thread's sums of two tokens, in the order of mma's results.
-template <class T, class S>
-static DEVICE void store(const gq_linear_args &a, int64_t token, int64_t row, const float bias[S::LANE_ROWS], const float sum[S::ROW_TILES][4]) {
+template <class T> static DEVICE void store(const gq_linear_args &a, int64_t token, int64_t row, const float bias[LANE_ROWS], const float sum[ROW_TILES][4]) {
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-        float v[S::LANE_ROWS];
+        float v[LANE_ROWS];
 #pragma unroll
-        for (int j = 0; j < S::LANE_ROWS; j++) v[j] = sum[j / 2][j % 2 * 2 + e] + bias[j];
-        store_rows<T, S::LANE_ROWS>(a, token + e, row, v);
+        for (int j = 0; j < LANE_ROWS; j++) v[j] = sum[j / 2][j % 2 * 2 + e] + bias[j];
+        store_rows<T, LANE_ROWS>(a, token + e, row, v);
     }
 }
 
-template <class T, class S> static DEVICE void load_bias(float bias[S::LANE_ROWS], const gq_linear_args &a, int64_t row) {
+template <class T> static DEVICE void load_bias(float bias[LANE_ROWS], const gq_linear_args &a, int64_t row) {
 #pragma unroll
-    for (int j = 0; j < S::LANE_ROWS; j++) bias[j] = a.bias && row + j < a.n ? T::widen(__ldg(pointer<const u16>(a.bias) + row + j)) : 0;
+    for (int j = 0; j < LANE_ROWS; j++) bias[j] = a.bias && row + j < a.n ? T::widen(__ldg(pointer<const u16>(a.bias) + row + j)) : 0;
 }
 
 // Where a thread's partial sums of a tile are. A CTA has two parts of the workspace: 2 · CTA + 1 for a tile whose first steps it has, and 2 · CTA
 // for one whose first steps another has. Those of column c, row tile r at (c · ROW_TILES + r) · THREADS.
 template <class S> static DEVICE float4 *partial(const gq_linear_tile_args &args, int64_t part) {
-    return pointer<float4>(args.workspace) + part * (S::ROWS * S::TOKENS / 4) + threadIdx.x;
+    return pointer<float4>(args.workspace) + part * (ROWS * S::TOKENS / 4) + threadIdx.x;
 }
 
 // ---- the kernel
 
 // The operands of half a span: for each of the thread's row tiles those of two mma. Either they are scaled, and rounded to the dtype, or
 // their sums will be.
-template <class T, class S, bool SCALED_SUMS>
-static DEVICE void decode(u32 a[S::ROW_TILES][2][4], u32 slot, int span, int half, u32 first_row, u32 table, float factor) {
-    const u32 lane = threadIdx.x % 32, lane_offset = lane * 4, row = span * S::ROWS + first_row + lane / 4;
+template <class T, bool SCALED_SUMS> static DEVICE void decode(u32 a[ROW_TILES][2][4], u32 slot, int half, u32 first_row, u32 table, float factor) {
+    const u32 lane = threadIdx.x % 32, lane_offset = lane * 4, row = first_row + lane / 4;
 #pragma unroll
-    for (int r = 0; r < S::ROW_TILES; r++) {
+    for (int r = 0; r < ROW_TILES; r++) {
         const u32 *const words = (const u32 *)(shared + slot + (row + r * 16) * (SPAN / 2) + lane % 4 * 8) + half;
         const u32 p0 = words[0], p1 = words[8 * SPAN / 2 / 4];
         operand<ENTRY, 0>(a[r][0], table, p0, p1, lane_offset);
         operand<ENTRY, 2>(a[r][1], table, p0, p1, lane_offset);
         if constexpr (SCALED_SUMS) continue;
-        const float *const scales = (const float *)(shared + slot + S::SCALES) + row + r * 16;
+        const float *const scales = (const float *)(shared + slot + SCALES) + row + r * 16;
         const Scale<T> scale0(scales[0] * factor), scale1(scales[8] * factor);
 #pragma unroll
         for (int q = 0; q < 2; q++) {
@@ -262,9 +250,9 @@ static DEVICE void decode(u32 a[S::ROW_TILES][2][4], u32 slot, int span, int hal
 
 // Adds the sums of a span. scales are those of the thread's first row; its others' are 8 further each.
 template <class S>
-static DEVICE void add_scaled(float sum[S::ROW_TILES][S::COLUMNS][4], const float d[S::ROW_TILES][S::COLUMNS][4], const float *scales, float factor) {
+static DEVICE void add_scaled(float sum[ROW_TILES][S::COLUMNS][4], const float d[ROW_TILES][S::COLUMNS][4], const float *scales, float factor) {
 #pragma unroll
-    for (int r = 0; r < S::ROW_TILES; r++) {
+    for (int r = 0; r < ROW_TILES; r++) {
         const float scale0 = scales[r * 16] * factor, scale1 = scales[r * 16 + 8] * factor;
 #pragma unroll
         for (int c = 0; c < S::COLUMNS; c++) {
@@ -275,13 +263,13 @@ static DEVICE void add_scaled(float sum[S::ROW_TILES][S::COLUMNS][4], const floa
 }
 
 template <class T, class S, bool SCALED_SUMS, bool NESTED> static DEVICE void linear_tile(const gq_linear_tile_args &args) {
-    constexpr int R = S::ROW_TILES, C = S::COLUMNS;
+    constexpr int R = ROW_TILES, C = S::COLUMNS;
     const gq_linear_args &a = args.linear;
     const Work work = Work::of<S>(args);
     const int depth = args.depth;
     const u32 token_ring = RINGS, weight_ring = token_ring + depth * S::TOKEN_SLOT;
     const u32 table = shared_address(shared), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
-    const u32 first_row = warp / S::TOKEN_WARPS * S::WARP_ROWS; // of the warp, in shared memory
+    const u32 first_row = warp * WARP_ROWS; // of the warp, in shared memory
     const int64_t first = work.first(blockIdx.x);
     Cursor at(work, first);
     int left = (int)(work.first(blockIdx.x + 1) - first);
@@ -289,9 +277,9 @@ template <class T, class S, bool SCALED_SUMS, bool NESTED> static DEVICE void li
 #if __CUDA_ARCH__ >= 900
     let_next_kernel_start();
     // While the kernel before still runs the first weights may come to L2, where they would see a late write.
-    if (threadIdx.x < S::ROWS && (int64_t)at.row_tile * S::ROWS + threadIdx.x < a.n) {
-        const u32 bytes = min(min((u32)left, work.per_tile - at.step) * (S::STEPS * SPAN / 2), 512u);
-        prefetch(pointer<const u8>(a.weight.packed) + ((int64_t)at.row_tile * S::ROWS + threadIdx.x) * (a.k / 2) + at.step * (S::STEPS * SPAN / 2), bytes);
+    if (threadIdx.x < ROWS && (int64_t)at.row_tile * ROWS + threadIdx.x < a.n) {
+        const u32 bytes = min(min((u32)left, work.per_tile - at.step) * (SPAN / 2), 512u);
+        prefetch(pointer<const u8>(a.weight.packed) + ((int64_t)at.row_tile * ROWS + threadIdx.x) * (a.k / 2) + at.step * (SPAN / 2), bytes);
     }
 #endif
     fill_table<T, ENTRY>(shared, a.weight.format, threadIdx.x, blockDim.x);
@@ -308,7 +296,7 @@ template <class T, class S, bool SCALED_SUMS, bool NESTED> static DEVICE void li
     loader.load_weights(weight_ring);
     loader.finish(weight_ring);
     for (int i = 0; i < depth - 1; i++) {
-        const u32 slot = weight_ring + (i + 1) * S::WEIGHT_SLOT;
+        const u32 slot = weight_ring + (i + 1) * WEIGHT_SLOT;
         loader.load_tokens(token_ring + i * S::TOKEN_SLOT);
         loader.load_weights(slot);
         commit_copies();
@@ -318,7 +306,7 @@ template <class T, class S, bool SCALED_SUMS, bool NESTED> static DEVICE void li
     __syncthreads(); // the table is there too
     const float factor = 1 / table_factor(T(), a.weight.format);
     u32 operands[2][R][2][4]; // of this half span and of the next
-    decode<T, S, SCALED_SUMS>(operands[0], weight_ring, 0, 0, first_row, table, factor);
+    decode<T, SCALED_SUMS>(operands[0], weight_ring, 0, first_row, table, factor);
 
     int token_slot = 0, weight_slot = 0;
     u32 tile = at.row_tile * work.token_tiles + at.token_tile, begin = at.step;
@@ -327,38 +315,37 @@ template <class T, class S, bool SCALED_SUMS, bool NESTED> static DEVICE void li
         const int steps = min(left, (int)(work.per_tile - begin));
         for (int i = 0; i < steps; i++) {
             const int free_slot = weight_slot == 0 ? depth : weight_slot - 1;
-            loader.finish(weight_ring + (free_slot == 0 ? depth : free_slot - 1) * S::WEIGHT_SLOT);
+            loader.finish(weight_ring + (free_slot == 0 ? depth : free_slot - 1) * WEIGHT_SLOT);
             wait_for_step(depth);
             __syncthreads(); // the copies of all threads have come; and the slots before these are free
             loader.load_tokens(token_ring + (token_slot == 0 ? depth - 1 : token_slot - 1) * S::TOKEN_SLOT);
-            loader.load_weights(weight_ring + free_slot * S::WEIGHT_SLOT);
+            loader.load_weights(weight_ring + free_slot * WEIGHT_SLOT);
             commit_copies();
-            const u32 weights = weight_ring + weight_slot * S::WEIGHT_SLOT;
+            const u32 weights = weight_ring + weight_slot * WEIGHT_SLOT;
             weight_slot = weight_slot == depth ? 0 : weight_slot + 1;
             // Behind the last step it is old weights that are decoded, and not used.
-            const u32 next = weight_ring + weight_slot * S::WEIGHT_SLOT;
-            u32 x = token_ring + token_slot * S::TOKEN_SLOT + (warp % S::TOKEN_WARPS * S::WARP_TOKENS + g) * (SPAN * 2) + (t * 2 ^ g % 2) * 16;
+            const u32 next = weight_ring + weight_slot * WEIGHT_SLOT;
+            u32 x = token_ring + token_slot * S::TOKEN_SLOT + g * (SPAN * 2) + (t * 2 ^ g % 2) * 16;
             token_slot = token_slot == depth - 1 ? 0 : token_slot + 1;
 
             float d[SCALED_SUMS ? R : 1][SCALED_SUMS ? C : 1][4];
 #pragma unroll
-            for (int h = 0; h < 2 * S::STEPS; h++) {
-                const int span = h / 2, half = h % 2, after = (h + 1) % (2 * S::STEPS);
-                decode<T, S, SCALED_SUMS>(operands[(h + 1) % 2], after ? weights : next, after / 2, after % 2, first_row, table, factor);
+            for (int half = 0; half < 2; half++) {
+                decode<T, SCALED_SUMS>(operands[1 - half], half == 0 ? weights : next, 1 - half, first_row, table, factor);
 #pragma unroll
                 for (int c = 0; c < C; c++) {
-                    const uint4 v = *(const uint4 *)(shared + x + (span * S::TOKENS + c * 8) * (SPAN * 2));
+                    const uint4 v = *(const uint4 *)(shared + x + c * 8 * (SPAN * 2));
 #pragma unroll
                     for (int r = 0; r < R; r++) {
                         float *const to = SCALED_SUMS ? d[SCALED_SUMS ? r : 0][SCALED_SUMS ? c : 0] : sum[r][c];
                         if (SCALED_SUMS && half == 0) to[0] = to[1] = to[2] = to[3] = 0;
-                        mma(T(), to, operands[h % 2][r][0], v.x, v.y);
-                        mma(T(), to, operands[h % 2][r][1], v.z, v.w);
+                        mma(T(), to, operands[half][r][0], v.x, v.y);
+                        mma(T(), to, operands[half][r][1], v.z, v.w);
                     }
                 }
                 x ^= 16; // the other half of a span
                 if constexpr (SCALED_SUMS) {
-                    if (half == 1) add_scaled<S>(sum, d, (const float *)(shared + weights + S::SCALES) + span * S::ROWS + first_row + g, factor);
+                    if (half == 1) add_scaled<S>(sum, d, (const float *)(shared + weights + SCALES) + first_row + g, factor);
                 }
             }
         }
@@ -366,14 +353,14 @@ template <class T, class S, bool SCALED_SUMS, bool NESTED> static DEVICE void li
         const Place<S> place;
         const int64_t row = place.row_in(work, tile), token = place.token_in(work, tile);
         if (steps == (int)work.per_tile) {
-            float bias[S::LANE_ROWS];
-            load_bias<T, S>(bias, a, row);
+            float bias[LANE_ROWS];
+            load_bias<T>(bias, a, row);
 #pragma unroll
             for (int c = 0; c < C; c++) {
                 float column[R][4];
 #pragma unroll
                 for (int i = 0; i < R * 4; i++) column[i / 4][i % 4] = sum[i / 4][c][i % 4];
-                store<T, S>(a, token + c * 8, row, bias, column);
+                store<T>(a, token + c * 8, row, bias, column);
             }
         } else {
             float4 *const to = partial<S>(args, 2 * (int64_t)blockIdx.x + (begin == 0));
@@ -392,7 +379,7 @@ template <class T, class S, bool SCALED_SUMS, bool NESTED> static DEVICE void li
 
 // Adds up the tiles that several CTAs have parts of. A CTA does a column of 8 tokens (of each token warp) of a tile.
 template <class T, class S> static DEVICE void linear_tile_sum(const gq_linear_tile_args &args) {
-    constexpr int R = S::ROW_TILES;
+    constexpr int R = ROW_TILES;
     const gq_linear_args &a = args.linear;
     const Work work = Work::of<S>(args);
     const u32 tile = blockIdx.x / S::COLUMNS;
@@ -407,8 +394,8 @@ template <class T, class S> static DEVICE void linear_tile_sum(const gq_linear_t
     const Place<S> place;
     const int64_t row = place.row_in(work, tile), token = place.token_in(work, tile) + c * 8;
     if (token >= a.m || row >= a.n) return;
-    float bias[S::LANE_ROWS];
-    load_bias<T, S>(bias, a, row);
+    float bias[LANE_ROWS];
+    load_bias<T>(bias, a, row);
     float sum[R][4] = {};
     const auto add = [&](int64_t part) {
         const float4 *const from = partial<S>(args, part) + c * R * THREADS;
@@ -424,14 +411,14 @@ template <class T, class S> static DEVICE void linear_tile_sum(const gq_linear_t
     add(2 * first + 1);
 #pragma unroll 4
     for (int64_t cta = first + 1; cta <= last; cta++) add(2 * cta);
-    store<T, S>(a, token, row, bias, sum);
+    store<T>(a, token, row, bias, sum);
 }
 
 // ---- the kernels: gq_linear_tile_<dtype>_<tokens>[_nested] and gq_linear_tile_sum_<dtype>_<tokens>.
 
-typedef Shape<2, 4, 1, GQ_TILE_STEP / SPAN> Tile32;
-typedef Shape<2, 8, 1, GQ_TILE_STEP / SPAN> Tile64;
-typedef Shape<2, 16, 1, GQ_TILE_STEP / SPAN> Tile128;
+typedef Shape<4> Tile32;
+typedef Shape<8> Tile64;
+typedef Shape<16> Tile128;
 
 #ifndef GQ_TILE_TEMPLATES_ONLY
 #define EACH_DTYPE(tokens, exact, ctas)             \

@@ -72,6 +72,22 @@ def test_shapes(nested, quant_type, dtype, calls):
                         torch.testing.assert_close(out, y)
 
 
+# Weights of Flux, SDXL, Wan, Qwen-Image, T5 and Llama: n, k.
+MODELS = [(21504, 3072), (3072, 15360), (1280, 1280), (10240, 1280), (640, 320), (5120, 5120), (13824, 5120), (3072, 3584), (10240, 4096), (1024, 4096), (4096, 14336)]
+
+
+@fuses
+@pytest.mark.parametrize("n,k", MODELS)
+def test_models(n, k):
+    weight, bias = quantized(n, k), normal(n, dtype=torch.bfloat16, seed=2).cuda()
+    for rows in (1, 77, 256, 333, 1024, 2333, 4608, 8192):
+        x = normal(rows, k, dtype=torch.bfloat16, seed=rows).cuda()
+        y = torch.ops.gquant.linear_4bit(x, bias, *weight)
+        few = torch.arange(0, rows, -(rows // -100), device="cuda")  # float64 takes long
+        check_linear(y[few], x[few], bias, weight, 1.5)  # cuBLASLt may round a sum before it adds the bias
+        assert equal(torch.ops.gquant.linear_4bit(x, bias, *weight), y)
+
+
 @fuses
 @pytest.mark.parametrize("blocksize", [64, 128, 256, 512, 1024, 2048, 4096])
 def test_blocksizes(blocksize, calls):
