@@ -200,6 +200,16 @@ def test_load_4bit_model(converted, modules, tmp_path):
     check_linear(layer(torch.ones(2, 128)), torch.ones(2, 128), others["a.bias"], arguments(layer.weight, layer.quant_state))
 
 
+def test_load_4bit_weights(converted):
+    path, layers, others = converted
+    tensors, weights = gquant.torch.load_4bit_weights(path)
+    assert tensors.keys() == others.keys() and weights.keys() == layers.keys()
+    with gquant.open(path) as model:
+        for name, (packed, state) in weights.items():
+            assert packed.dtype is torch.uint8 and packed.shape[1:] == (1,)
+            assert same(gquant.torch.dequantize_4bit(packed, state), model.layers[name].dequantize(out=torch.empty(state.shape, dtype=state.dtype))), name
+
+
 def test_load_4bit_model_reads_gptqmodels_names(modules, tmp_path):
     entries = {key: value for key, value in modules["nf4.nested.uint8.bf16"].items() if key != "reference"}
     renamed = {"a." + key.replace("weight.", "weight_").replace("quant_state.bitsandbytes__nf4", "quant_state"): value for key, value in entries.items()}

@@ -61,6 +61,19 @@ def test_codes_are_views_of_the_file(models, monkeypatch):
     assert weights and all(weight._qdata.data_ptr() == given[name].data_ptr() for name, weight in weights.items())
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_what_is_read_straight_to_a_device_is_the_same(models, monkeypatch, nested):
+    """Without bitsandbytes' keys in between; here the device is the CPU."""
+    want = loaders.load_model(models.quantized("flux", "nf4", nested))
+    monkeypatch.setattr(build, "reads_straight", lambda device: device == "gpu")
+    monkeypatch.setattr(comfy.utils, "load_torch_file", None)
+    got = loaders.load_model(models.quantized("flux", "nf4", nested), device="gpu")
+    ours, theirs = got.model.state_dict(), want.model.state_dict()
+    assert ours.keys() == theirs.keys() and packed(got.model).keys() == packed(want.model).keys()
+    assert all(same(ours[name], tensor) for name, tensor in theirs.items())
+    assert torch.equal(sample(got), sample(want))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_dtype_is_what_weights_decode_to(models, dtype):
     model = loaders.load_model(models.quantized("flux"), dtype)

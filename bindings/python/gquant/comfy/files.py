@@ -8,6 +8,7 @@ import bisect
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Optional, Union
 
 import torch
@@ -50,13 +51,13 @@ class Weight:
 Value = Union[Tensor, Weight]
 
 
-def weights(tensors: Mapping[str, Tensor], notices: list[str]) -> dict[str, Value]:
+def weights(tensors: Mapping[str, Tensor], notices: list[str], known: Mapping[str, Weight] = MappingProxyType({})) -> dict[str, Value]:
     """Takes what belongs to a weight together.
 
-    tensors: with bitsandbytes' names, as in its files or from gquant.torch.load_4bit_model. LLM.int8 weights are decoded to
-    float16, what they were. notices: gets what the user should know. BadFileError for statistics that are NaN or Inf.
+    tensors: with bitsandbytes' names, as in its files. LLM.int8 weights are decoded to float16, what they were. known: weights that are together
+    already. notices: gets what the user should know. BadFileError for statistics that are NaN or Inf.
     """
-    found: dict[str, Value] = dict(tensors)
+    found: dict[str, Value] = {**tensors, **known}
     for key in [key for key in tensors if _STATE in key]:
         name = key.partition(_STATE)[0]
         if name not in found:
@@ -65,6 +66,7 @@ def weights(tensors: Mapping[str, Tensor], notices: list[str]) -> dict[str, Valu
         parts[key[len(name) + 1 :]] = found.pop(key)
         packed = found[name].view(torch.uint8)
         found[name] = Weight(packed, QuantState.from_dict(parts, device=packed.device))
+    for name in [name for name, value in found.items() if isinstance(value, Weight)]:
         found.pop(name.removesuffix(".weight") + _DESCRIPTION, None)
     _check_statistics(found)
     decoded = [name for name in tensors if name.endswith("." + _ROW_ABSMAX)]

@@ -9,7 +9,7 @@ import torch
 
 from .. import model as models
 from .._errors import BadFileError, GquantError, InvalidArgumentError, UnsupportedError
-from ..torch import load_4bit_model
+from ..torch import load_4bit_weights
 from . import build, files
 from .layouts import LAYOUTS, is_4bit
 
@@ -161,14 +161,16 @@ def _read(path: str, device: str, quantized: bool = True) -> tuple[dict[str, fil
         metadata, layers = _undescribed(model.metadata), list(model.layers.values())
     if quantized and not layers:
         raise _not_quantized(path)
+    known: dict[str, files.Weight] = {}
     if build.reads_straight(device) or any(layer.convention != "bitsandbytes" for layer in layers):
-        tensors = load_4bit_model(path, management.get_torch_device() if build.reads_straight(device) else "cpu")
+        tensors, quantized = load_4bit_weights(path, management.get_torch_device() if build.reads_straight(device) else "cpu")
+        known = {name: files.Weight(*weight) for name, weight in quantized.items()}
     else:
         tensors = comfy.utils.load_torch_file(path, safe_load=True)  # views of the file, which ComfyUI can read again from it
     tensors, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
     notices: list[str] = []
     try:
-        values = files.weights(tensors, notices)
+        values = files.weights(tensors, notices, known)
     except BadFileError as e:
         raise BadFileError(f"{build.file_name(path)}: {e}") from None
     _tell(path, notices)

@@ -1,5 +1,6 @@
 """Loading a whole model."""
 
+from dataclasses import replace
 from typing import Any, Optional, Union
 
 import torch
@@ -21,30 +22,48 @@ def load_4bit_model(
     (uint8) and "L.weight.absmax" …, an LLM.int8 layer "L.weight" (int8), "L.SCB" and "L.weight_format", whatever the file calls
     them. Load it with assign=True to keep it from being copied. Raises what open() does, and torch.OutOfMemoryError.
     """
+    tensors, weights = load_4bit_weights(path, device, prefix)
+    nested = [state.offset for _, state in weights.values() if state.offset is not None]
+    offsets = iter(torch.stack(nested).cpu().unbind() if nested else ())  # a device is waited for once
+    texts: dict[str, Tensor] = {}
+    for name, (packed, state) in weights.items():
+        tensors[name] = packed
+        if state.offset is not None:
+            state = replace(state, offset=next(offsets))
+        for key, part in state.as_dict(packed=True).items():
+            (texts if part.device != packed.device else tensors)[f"{name}.{key}"] = part
+    if texts:
+        joined = torch.cat(list(texts.values())).to(packed.device)
+        tensors |= zip(texts, joined.split([len(text) for text in texts.values()]))
+    return tensors
+
+
+def load_4bit_weights(
+    path: models.Path, device: Union[torch.device, str] = "cpu", prefix: Optional[str] = None
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, QuantState]]]:
+    """The same without its detour by bitsandbytes' keys: the tensors that belong to no 4-bit weight, and the 4-bit weights by their names.
+    These are their codes, uint8 [bytes, 1], and their states, all on the device."""
     device = torch.device(device)
     like = torch.empty(0, device=device if device.type == "cuda" else "cpu")
     where = _buffers.place_of(like)
+    weights: dict[str, tuple[Tensor, QuantState]] = {}
     with models.open(path, prefix) as model:
         tensors = {name: _empty(tensor, like) for name, tensor in model.tensors.items()}
         parts = {name: empty_parts(like, layer._sizes, layer.nested, where) for name, layer in model.layers.items()}
         offsets = torch.empty(len(parts), dtype=torch.float32, device=like.device)
         for arrays, offset in zip(parts.values(), offsets.unbind()):
             if "offset" in arrays:
-                arrays["offset"] = offset  # one tensor has them all, so that they can be fetched at once
+                arrays["offset"] = offset
         model.read_all(tensors, parts)
-        texts: dict[str, Tensor] = {}
-        for (name, layer), offset in zip(model.layers.items(), offsets.cpu().unbind()):
+        for name, layer in model.layers.items():
             if layer.format == "int8":
                 tensors |= _int8(name, layer, parts[name])
             else:
-                state = _state(layer, parts[name], offset)
-                tensors[name] = parts[name]["packed"].reshape(-1, 1)
-                for key, part in state.as_dict(packed=True).items():
-                    (texts if part.device != like.device else tensors)[f"{name}.{key}"] = part
-    if texts:
-        packed = torch.cat(list(texts.values())).to(like.device)
-        tensors |= zip(texts, packed.split([len(text) for text in texts.values()]))
-    return tensors if device.type in ("cpu", "cuda") else {name: tensor.to(device) for name, tensor in tensors.items()}
+                weights[name] = parts[name]["packed"].reshape(-1, 1), _state(layer, parts[name])
+    if device.type not in ("cpu", "cuda"):
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        weights = {name: (packed.to(device), state.to(device)) for name, (packed, state) in weights.items()}
+    return tensors, weights
 
 
 def _empty(tensor: models.Tensor, like: Tensor) -> Tensor:
@@ -54,7 +73,7 @@ def _empty(tensor: models.Tensor, like: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=dtype, device=like.device)
 
 
-def _state(layer: models.Layer, parts: dict[str, Any], offset: Tensor) -> QuantState:
+def _state(layer: models.Layer, parts: dict[str, Any]) -> QuantState:
     packed, code = parts["packed"], parts.get("codebook")
     state = QuantState(
         absmax=parts["absmax"],
@@ -65,7 +84,7 @@ def _state(layer: models.Layer, parts: dict[str, Any], offset: Tensor) -> QuantS
         dtype=getattr(torch, layer.dtype),
     )
     if layer.nested:
-        state.offset = offset
+        state.offset = parts["offset"]
         state.state2 = QuantState(parts["nested_absmax"], code=parts["nested_codebook"], blocksize=NESTED_BLOCKSIZE)
     return state
 
