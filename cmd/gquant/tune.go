@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 
@@ -11,7 +12,7 @@ import (
 
 func tuneCommand() *cobra.Command {
 	var device, output string
-	var asJSON bool
+	var asJSON, force bool
 	c := &cobra.Command{
 		Use:   "tune",
 		Short: "Measure which kernels compute linear layers fastest on a CUDA device, and write its table",
@@ -23,6 +24,9 @@ func tuneCommand() *cobra.Command {
 			ordinal, err := cuda.Parse(device)
 			if err != nil {
 				return usageError{fmt.Errorf("--device: %w", err)}
+			}
+			if _, err := os.Lstat(output); err == nil && !force {
+				return fmt.Errorf("%s exists; --force replaces it", output)
 			}
 			d, err := cuda.Open(ordinal)
 			if err != nil {
@@ -47,11 +51,17 @@ func tuneCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return os.WriteFile(output, append(text, '\n'), 0o644)
+			// Under another name first, so that what is interrupted is not taken for finished.
+			part := output + ".partial"
+			if err := os.WriteFile(part, append(text, '\n'), 0o644); err != nil {
+				return errors.Join(err, os.RemoveAll(part))
+			}
+			return os.Rename(part, output)
 		},
 	}
 	c.Flags().StringVar(&device, "device", "cuda", "the device: cuda, cuda:1 …")
 	c.Flags().StringVarP(&output, "output", "o", "tune.json", "the table's `file`")
+	c.Flags().BoolVar(&force, "force", false, "replace an existing file")
 	jsonFlag(c, &asJSON)
 	return c
 }

@@ -279,3 +279,11 @@ def test_resume_of_shards(long_model, tmp_path):
     ours = {name: digest for name, digest in files.items() if name.startswith("out-")}
     assert len(ours) > 2 and ours == {name.replace("want", "out"): digest for name, digest in files.items() if name.startswith("want-")}
     assert not [name for name in files if "partial" in name]
+
+
+def test_tune_keeps_an_existing_table(tmp_path):
+    table = tmp_path / "table.json"
+    table.write_text("{}")
+    p = gquant("tune", "--output", table)
+    assert p.returncode == 1 and f"{table} exists; --force replaces it" in p.stderr
+    assert table.read_text() == "{}" and os.listdir(tmp_path) == ["table.json"]
