@@ -96,7 +96,14 @@ func (p hopperPlan) bytes() uint64 {
 
 func (h hopper) workspace(d *Device, way Way, l Linear) uint64 { return h.plan(d, way, l).bytes() }
 
-// launches numbers launches from a random number on: a flag in the workspace, whose content is unknown, never has the next by chance.
+// nextLaunch numbers launches from a random number on: a flag in the workspace, whose content is unknown, never has the next by chance.
+func nextLaunch() uint64 {
+	if n := launches.Add(1); n != 0 { // which is an erased flag
+		return n
+	}
+	return launches.Add(1)
+}
+
 var launches = func() *atomic.Uint64 {
 	var seed [8]byte
 	_, _ = rand.Read(seed[:]) // never fails
@@ -113,7 +120,7 @@ func (h hopper) launch(d *Device, s Stream, way Way, w *Weight, l Linear) error 
 	index := findHopperTile(way.Tokens)
 	args := C.struct_gq_hopper_args{
 		linear: d.linearArgs(w, l), partial: C.uint64_t(l.Workspace), flags: C.uint64_t(l.Workspace + uint64(p.ctas*p.partial)),
-		launch: C.uint64_t(launches.Add(1)), tiles: C.uint32_t(p.tiles), tiles_of_tokens: C.uint32_t(p.tilesOfTokens), steps: C.uint32_t(p.steps),
+		launch: C.uint64_t(nextLaunch()), tiles: C.uint32_t(p.tiles), tiles_of_tokens: C.uint32_t(p.tilesOfTokens), steps: C.uint32_t(p.steps),
 		dealt: C.uint32_t(p.dealt),
 	}
 	n, k := C.uint64_t(l.N), C.uint64_t(l.K)
