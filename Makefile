@@ -136,13 +136,14 @@ bench: $(GQUANT) lib/libgquant.so $(VENV)
 
 CUDA_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
-# With comfy-kitchen, and a model in ComfyUI itself if GQUANT_COMFYUI_PATH names one.
+# With comfy-kitchen, and a model in ComfyUI itself if GQUANT_COMFYUI_PATH names one; a run of its own, in which torch.compile is off.
 CUDA_COMFY = $(if $(shell $(CUDA_PYTHON) -c "import importlib.util as i; print(i.find_spec('comfy_kitchen') or '')"),$(wildcard tests/python_comfy/*_cuda.py))
 
 test-cuda:
 	@[ -f lib/libgquant.so -a -d build/cmake/tests/c ] || { echo "make test-cuda runs what \"make lib ctest\" built; that is not there" >&2; exit 1; }
 	GQUANT_CUBLASLT=$${GQUANT_CUBLASLT-$$($(CUDA_PYTHON) tests/c/find_cublaslt.py)} LD_LIBRARY_PATH=$(CURDIR)/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} tests/c/run_cuda.sh build/cmake/tests/c tests/vectors/bitsandbytes
-	GQUANT_LIBRARY=$(CURDIR)/lib/libgquant.so $(CUDA_PYTHON) -m pytest -q -rs tests/python_cuda $(CUDA_COMFY)
+	GQUANT_LIBRARY=$(CURDIR)/lib/libgquant.so $(CUDA_PYTHON) -m pytest -q -rs tests/python_cuda
+	$(if $(CUDA_COMFY),GQUANT_LIBRARY=$(CURDIR)/lib/libgquant.so $(CUDA_PYTHON) -m pytest -q -rs $(CUDA_COMFY))
 
 bench-cuda:
 	@[ -f lib/libgquant.so -a -f bin/gquant ] || { echo "make bench-cuda measures what \"make lib build\" built; that is not there" >&2; exit 1; }

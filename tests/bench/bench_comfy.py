@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import bench
+import bench_cuda
 import torch
 from torch import nn
 from torch.nn import functional
@@ -138,16 +139,7 @@ def modulated(x, shift, scale):
 
 def seconds(run, repeat):
     """Median time of run(), launches included."""
-    times = []
-    for i in range(repeat + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times += [start.elapsed_time(end) * 1e-3] if i >= 2 else []
-    return statistics.median(times)
+    return statistics.median([bench_cuda.events(run) for _ in range(repeat + 2)][2:])
 
 
 def replayed(run):
