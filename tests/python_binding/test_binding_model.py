@@ -210,6 +210,35 @@ def test_load_4bit_weights(converted):
             assert same(gquant.torch.dequantize_4bit(packed, state), model.layers[name].dequantize(out=torch.empty(state.shape, dtype=state.dtype))), name
 
 
+def test_reading_4bit_weights(converted):
+    path, _, _ = converted
+    tensors, weights = gquant.torch.load_4bit_weights(path)
+    with gquant.torch.reading_4bit_weights(path, "cpu") as (early, coming, wait):
+        assert early.keys() == tensors.keys() and all(same(early[name], tensor) for name, tensor in tensors.items())
+        assert all(same(state.absmax, weights[name][1].absmax) for name, (_, state) in coming.items())
+        wait()
+        assert all(same(packed, weights[name][0]) for name, (packed, _) in coming.items())
+    with gquant.torch.reading_4bit_weights(path, "cpu") as (_, coming, _):
+        pass
+    assert all(same(packed, weights[name][0]) for name, (packed, _) in coming.items())
+
+
+def test_what_cannot_be_read_is_said_when_it_is_waited_for(converted, tmp_path):
+    cut = tmp_path / "m.safetensors"
+    cut.write_bytes(converted[0].read_bytes())
+    open_model = gquant.model.open
+
+    def opened(*given):
+        model = open_model(*given)
+        os.truncate(cut, cut.stat().st_size // 2)  # after the header was read
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gquant.model, "open", opened)
+        with pytest.raises(gquant.GquantError, match=str(cut)), gquant.torch.reading_4bit_weights(cut, "cpu") as (_, _, wait):
+            wait()
+
+
 def test_load_4bit_model_reads_gptqmodels_names(modules, tmp_path):
     entries = {key: value for key, value in modules["nf4.nested.uint8.bf16"].items() if key != "reference"}
     renamed = {"a." + key.replace("weight.", "weight_").replace("quant_state.bitsandbytes__nf4", "quant_state"): value for key, value in entries.items()}

@@ -2,6 +2,7 @@
 
 import comfyui  # isort: skip
 import json
+import time
 
 import comfy.sd
 import comfy.utils
@@ -62,13 +63,26 @@ def test_codes_are_views_of_the_file(models, monkeypatch):
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-def test_what_is_read_straight_to_a_device_is_the_same(models, monkeypatch, nested):
-    """Without bitsandbytes' keys in between; here the device is the CPU."""
-    want = loaders.load_model(models.quantized("flux", "nf4", nested))
+@pytest.mark.parametrize("names", ["comfyui", "diffusers"])
+def test_what_is_read_straight_to_a_device_is_the_same(models, monkeypatch, tmp_path, names, nested):
+    """Without bitsandbytes' keys in between, and while the model is built: codes that come late are in it. Here the device is the CPU."""
+    path = models.quantized("flux", "nf4", nested) if names == "comfyui" else diffusers_file(tmp_path, nested, 64)[0]
+    want, read_all, late = loaders.load_model(path), gquant.model.Model.read_all, []
+
+    def delayed(self, tensors, layers, **options):
+        if layers and all(parts.keys() == {"packed"} for parts in layers.values()):
+            for parts in layers.values():
+                parts["packed"].fill_(0x5A)
+            time.sleep(1)
+            late.append(len(layers))
+        read_all(self, tensors, layers, **options)
+
+    monkeypatch.setattr(gquant.model.Model, "read_all", delayed)
     monkeypatch.setattr(build, "reads_straight", lambda device: device == "gpu")
     monkeypatch.setattr(comfy.utils, "load_torch_file", None)
-    got = loaders.load_model(models.quantized("flux", "nf4", nested), device="gpu")
+    got = loaders.load_model(path, device="gpu")
     ours, theirs = got.model.state_dict(), want.model.state_dict()
+    assert late and late[0] >= len(packed(want.model))
     assert ours.keys() == theirs.keys() and packed(got.model).keys() == packed(want.model).keys()
     assert all(same(ours[name], tensor) for name, tensor in theirs.items())
     assert torch.equal(sample(got), sample(want))

@@ -5,6 +5,7 @@ They get the weights as QuantizedTensors, by whose shapes they detect a model, a
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any, Optional, Union
 
 import torch
@@ -34,7 +35,7 @@ def state_dict(values: dict[str, files.Value]) -> StateDict:
     for name, value in values.items():
         if not isinstance(value, files.Weight):
             sd[name] = value
-        elif len(value.shape) == 2 and name.endswith(".weight"):
+        elif is_linear(name, value):
             sd[name] = wrap(value.packed, value.state)
             sd[description(name)] = describe(sd[name])
         else:
@@ -42,20 +43,36 @@ def state_dict(values: dict[str, files.Value]) -> StateDict:
     return sd
 
 
+def is_linear(name: str, weight: files.Weight) -> bool:
+    """Whether a weight can be that of a linear layer."""
+    return len(weight.shape) == 2 and name.endswith(".weight")
+
+
 def description(name: str) -> str:
     """The key of a weight's description."""
     return name.removesuffix("weight") + "comfy_quant"
 
 
-def build_model(sd: StateDict, config: Any, metadata: Any, dtype: Optional[torch.dtype], device: str, disable_dynamic: bool, path: str) -> Any:
-    """A ModelPatcher of a diffusion model. config: what ComfyUI detected. path: named in errors. The rest: see loaders.load_model."""
+def build_model(
+    sd: StateDict,
+    config: Any,
+    metadata: Any,
+    dtype: Optional[torch.dtype],
+    device: str,
+    disable_dynamic: bool,
+    path: str,
+    wait: Callable[[], None] = lambda: None,
+) -> Any:
+    """A ModelPatcher of a diffusion model. config: what ComfyUI detected. path: named in errors. wait: called before codes are read. The
+    rest: see loaders.load_model."""
     compute_dtype = dtype or default_dtype(config, device)
     absent: list[str] = []
-    options = model_options(device, management.unet_offload_device()) | {"dtype": compute_dtype, "custom_operations": layers(compute_dtype, absent)}
+    options = model_options(device, management.unet_offload_device()) | {"dtype": compute_dtype, "custom_operations": layers(compute_dtype, absent, wait)}
     patcher = call(
         path, comfy.sd.load_diffusion_model_state_dict, sd, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
     )
     check_absent(path, absent)
+    wait()
     return placed(patcher, compute_dtype, device)
 
 
@@ -87,7 +104,7 @@ def placed(patcher: Any, compute_dtype: torch.dtype, device: str) -> Any:
     return patcher
 
 
-def layers(compute_dtype: torch.dtype, absent: list[str]) -> type:
+def layers(compute_dtype: torch.dtype, absent: list[str], wait: Callable[[], None] = lambda: None) -> type:
     """Layers that note in absent which of their tensors a state dict lacks: their memory is then whatever it was before."""
     base = linear_4bit_ops(compute_dtype)
 
@@ -95,6 +112,7 @@ def layers(compute_dtype: torch.dtype, absent: list[str]) -> type:
         def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: Any, missing: list[str], *lists: Any) -> None:
             key = prefix + "weight"
             if not isinstance(self, base.Linear) and is_4bit(state_dict.get(key)):
+                wait()
                 state_dict[key] = with_dtype(state_dict[key], compute_dtype).dequantize()  # an embedding
                 state_dict.pop(description(key), None)
             lacks_weight, before = isinstance(self, base.Linear) and key not in state_dict, len(missing)

@@ -1,15 +1,16 @@
 """Models with 4-bit weights from files. Needs ComfyUI."""
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
 
 from .. import model as models
 from .._errors import BadFileError, GquantError, InvalidArgumentError, UnsupportedError
-from ..torch import load_4bit_weights
+from ..torch import reading_4bit_weights
 from . import build, files
 from .layouts import LAYOUTS, is_4bit
 
@@ -31,13 +32,14 @@ def load_model(path: str, dtype: Optional[torch.dtype] = None, device: str = "de
     what it computes in; None: what ComfyUI takes. device: "default" (ComfyUI moves the weights as it needs them), "gpu" (they are
     read straight to it) or "cpu" (it runs there). disable_dynamic: as ComfyUI's loaders have it.
     """
-    values, metadata = _read(path, device)
     notices: list[str] = []
-    sd, config = _detect(values, metadata, notices)
-    if config is None:
-        raise UnsupportedError(f"{build.file_name(path)} is no diffusion model that this ComfyUI knows{_what_fits(values, metadata)}")
-    _tell(path, notices)
-    patcher = build.build_model(sd, config, metadata, dtype, device, disable_dynamic, path)
+    with _reading(path, device) as (values, metadata, wait):
+        sd, config = _detect(values, metadata, notices, wait)
+        if config is None:
+            wait()
+            raise UnsupportedError(f"{build.file_name(path)} is no diffusion model that this ComfyUI knows{_what_fits(values, metadata)}")
+        _tell(path, notices)
+        patcher = build.build_model(sd, config, metadata, dtype, device, disable_dynamic, path, wait)
     patcher.cached_patcher_init = (load_model, (path, dtype, device))
     return patcher
 
@@ -155,6 +157,14 @@ def _reload_clip(*arguments: Any, disable_dynamic: bool = False) -> Any:
 
 def _read(path: str, device: str, quantized: bool = True) -> tuple[dict[str, files.Value], dict[str, str]]:
     """The weights of a file and its metadata. quantized: whether they must be."""
+    with _reading(path, device, quantized) as (values, metadata, _):
+        return values, metadata
+
+
+@contextlib.contextmanager
+def _reading(path: str, device: str, quantized: bool = True) -> Iterator[tuple[dict[str, files.Value], dict[str, str], Callable[[], None]]]:
+    """The same while the codes of linear layers may still be read, which takes as long as building a model, and a function that waits
+    for them: whatever decodes, cuts or joins weights has to."""
     if not path.lower().endswith((".safetensors", ".sft")):
         raise UnsupportedError(f"{build.file_name(path)} is no safetensors file, as which alone 4-bit weights are published")
     with models.open(path) as model:
@@ -162,19 +172,24 @@ def _read(path: str, device: str, quantized: bool = True) -> tuple[dict[str, fil
     if quantized and not layers:
         raise _not_quantized(path)
     known: dict[str, files.Weight] = {}
-    if build.reads_straight(device) or any(layer.convention != "bitsandbytes" for layer in layers):
-        tensors, quantized = load_4bit_weights(path, management.get_torch_device() if build.reads_straight(device) else "cpu")
-        known = {name: files.Weight(*weight) for name, weight in quantized.items()}
-    else:
-        tensors = comfy.utils.load_torch_file(path, safe_load=True)  # views of the file, which ComfyUI can read again from it
-    tensors, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
-    notices: list[str] = []
-    try:
-        values = files.weights(tensors, notices, known)
-    except BadFileError as e:
-        raise BadFileError(f"{build.file_name(path)}: {e}") from None
-    _tell(path, notices)
-    return values, metadata
+    with contextlib.ExitStack() as stack:
+        wait: Callable[[], None] = lambda: None  # noqa: E731
+        if build.reads_straight(device) or any(layer.convention != "bitsandbytes" for layer in layers):
+            to = management.get_torch_device() if build.reads_straight(device) else "cpu"
+            tensors, weights, wait = stack.enter_context(reading_4bit_weights(path, to))
+            known = {name: files.Weight(*weight) for name, weight in weights.items()}
+        else:
+            tensors = comfy.utils.load_torch_file(path, safe_load=True)  # views of the file, which ComfyUI can read again from it
+        tensors, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
+        notices: list[str] = []
+        try:
+            values = files.weights(tensors, notices, known)
+        except BadFileError as e:
+            raise BadFileError(f"{build.file_name(path)}: {e}") from None
+        _tell(path, notices)
+        if not all(build.is_linear(name, value) for name, value in known.items()):
+            wait()
+        yield values, metadata, wait
 
 
 def _undescribed(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -195,13 +210,16 @@ def _not_quantized(path: str) -> InvalidArgumentError:
     )
 
 
-def _detect(values: dict[str, files.Value], metadata: Optional[dict[str, str]], notices: list[str]) -> tuple[build.StateDict, Any]:
+def _detect(
+    values: dict[str, files.Value], metadata: Optional[dict[str, str]], notices: list[str], wait: Callable[[], None] = lambda: None
+) -> tuple[build.StateDict, Any]:
     """A diffusion model's state dict with ComfyUI's names, and what ComfyUI knows of the model; None if it does not know it."""
     prefix = detection.unet_prefix_from_state_dict(values)  # of a checkpoint
     values = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)} or values
     sd = build.state_dict(values)
     config = detection.model_config_from_unet(sd, "", metadata=metadata)
     if config is None and (maps := files.row_map(detection.convert_diffusers_mmdit, values)) is not None:
+        wait()
         sd = build.state_dict(files.rearranged(values, maps, notices))
         config = detection.model_config_from_unet(sd, "", metadata=metadata)
     elif config is None:  # a UNet with diffusers' names, which ComfyUI's loader renames

@@ -1,5 +1,8 @@
 """Loading a whole model."""
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Optional, Union
 
@@ -38,31 +41,63 @@ def load_4bit_model(
     return tensors
 
 
+Weights = dict[str, tuple[Tensor, QuantState]]
+
+
 def load_4bit_weights(
     path: models.Path, device: Union[torch.device, str] = "cpu", prefix: Optional[str] = None
-) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, QuantState]]]:
+) -> tuple[dict[str, Tensor], Weights]:
     """The same without its detour by bitsandbytes' keys: the tensors that belong to no 4-bit weight, and the 4-bit weights by their names.
     These are their codes, uint8 [bytes, 1], and their states, all on the device."""
     device = torch.device(device)
-    like = torch.empty(0, device=device if device.type == "cuda" else "cpu")
-    where = _buffers.place_of(like)
-    weights: dict[str, tuple[Tensor, QuantState]] = {}
     with models.open(path, prefix) as model:
-        tensors = {name: _empty(tensor, like) for name, tensor in model.tensors.items()}
-        parts = {name: empty_parts(like, layer._sizes, layer.nested, where) for name, layer in model.layers.items()}
-        offsets = torch.empty(len(parts), dtype=torch.float32, device=like.device)
-        for arrays, offset in zip(parts.values(), offsets.unbind()):
-            if "offset" in arrays:
-                arrays["offset"] = offset
+        tensors, parts = _memory(model, device)
         model.read_all(tensors, parts)
-        for name, layer in model.layers.items():
-            if layer.format == "int8":
-                tensors |= _int8(name, layer, parts[name])
-            else:
-                weights[name] = parts[name]["packed"].reshape(-1, 1), _state(layer, parts[name])
+        tensors, weights = _assembled(model, tensors, parts)
     if device.type not in ("cpu", "cuda"):
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         weights = {name: (packed.to(device), state.to(device)) for name, (packed, state) in weights.items()}
+    return tensors, weights
+
+
+@contextmanager
+def reading_4bit_weights(path: models.Path, device: Union[torch.device, str]) -> Iterator[tuple[dict[str, Tensor], Weights, Callable[[], None]]]:
+    """What load_4bit_weights returns while the codes, most of a file, are still being read, and a function that waits for them.
+
+    The memory is there, all else is read; at the end of the context the codes are, too. device: the CPU or a CUDA device.
+    """
+    device = torch.device(device)
+    with models.open(path) as model, ThreadPoolExecutor(1) as pool:
+        tensors, parts = _memory(model, device)
+        late = {name: {"packed": parts[name]["packed"]} for name, layer in model.layers.items() if layer.format != "int8"}
+        early = {name: {key: part for key, part in arrays.items() if key not in late.get(name, ())} for name, arrays in parts.items()}
+        model.read_all(tensors, early)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        codes = pool.submit(model.read_all, {}, late, stream=stream)
+        yield *_assembled(model, tensors, parts), codes.result
+        codes.result()
+
+
+def _memory(model: models.Model, device: torch.device) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """What the tensors and the parts of the layers are read into."""
+    like = torch.empty(0, device=device if device.type == "cuda" else "cpu")
+    where = _buffers.place_of(like)
+    tensors = {name: _empty(tensor, like) for name, tensor in model.tensors.items()}
+    parts = {name: empty_parts(like, layer._sizes, layer.nested, where) for name, layer in model.layers.items()}
+    offsets = torch.empty(len(parts), dtype=torch.float32, device=like.device)
+    for arrays, offset in zip(parts.values(), offsets.unbind()):
+        if "offset" in arrays:
+            arrays["offset"] = offset
+    return tensors, parts
+
+
+def _assembled(model: models.Model, tensors: dict[str, Tensor], parts: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor], Weights]:
+    weights: Weights = {}
+    for name, layer in model.layers.items():
+        if layer.format == "int8":
+            tensors |= _int8(name, layer, parts[name])
+        else:
+            weights[name] = parts[name]["packed"].reshape(-1, 1), _state(layer, parts[name])
     return tensors, weights
 
 
