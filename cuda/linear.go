@@ -19,6 +19,9 @@ type Linear struct {
 	Workspace, WorkspaceBytes uint64
 }
 
+// reservedShared is the shared memory that the system takes of each CTA, in bytes.
+const reservedShared = 1024
+
 // A linearKernel computes layers from packed weights.
 type linearKernel interface {
 	// refused says why it cannot compute a layer; "" if it can.
@@ -94,7 +97,8 @@ func (d *Device) LinearWorkspace(w *Weight, l Linear) uint64 {
 	return linearKernels[way.Kernel].workspace(d, way, l)
 }
 
-// Linear computes the layer, if LinearRefused has no objection. Sums are float32, in an order that depends on the shapes and the device alone.
+// Linear computes the layer, if LinearRefused has no objection. Sums are float32, in an order that depends on the shapes, the device, its table and
+// whether the workspace is large enough.
 func (d *Device) Linear(s Stream, w *Weight, l Linear) error {
 	if l.M == 0 || l.N == 0 {
 		return nil

@@ -26,10 +26,9 @@ var linearWidths = []linearWidth{
 
 // Its shared memory.
 const (
-	linearTables   = 256*C.GQ_LINEAR_ENTRY + 4*256                                        // pairs of values, nested codebook
-	linearSlot     = C.GQ_LINEAR_ROWS * (C.GQ_LINEAR_STEP/2 + 32 + 4*C.GQ_LINEAR_STEP/64) // rows and scales
-	reservedShared = 1024                                                                 // that the system takes of each CTA
-	linearPartial  = 4 * 8 * (C.GQ_LINEAR_ROWS + 4)                                       // of a column of 8 tokens
+	linearTables  = 256*C.GQ_LINEAR_ENTRY + 4*256                                        // pairs of values, nested codebook
+	linearSlot    = C.GQ_LINEAR_ROWS * (C.GQ_LINEAR_STEP/2 + 32 + 4*C.GQ_LINEAR_STEP/64) // rows and scales
+	linearPartial = 4 * 8 * (C.GQ_LINEAR_ROWS + 4)                                       // of a column of 8 tokens
 )
 
 func (few) refused(_ *Device, _ Way, _ *Weight, l Linear) string {

@@ -37,7 +37,7 @@ var hopperTiles = func() (list []hopperTile) {
 	}
 }()
 
-// findHopperTile is the index of a tile; -1 if there is none.
+// findHopperTile is the index of a tile; -1 if there is none, which no table names.
 func findHopperTile(tokens int64) int {
 	return slices.IndexFunc(hopperTiles, func(t hopperTile) bool { return t.tokens == tokens })
 }
@@ -45,12 +45,10 @@ func findHopperTile(tokens int64) int {
 // hasHopper says whether the device is one: its instructions are in no other architecture.
 func (d *Device) hasHopper() bool { return d.about.major == 9 && d.about.minor == 0 }
 
-func (hopper) refused(d *Device, way Way, w *Weight, l Linear) string {
+func (hopper) refused(d *Device, _ Way, w *Weight, l Linear) string {
 	switch {
 	case !d.hasHopper():
 		return "the device is no Hopper"
-	case findHopperTile(way.Tokens) < 0:
-		return fmt.Sprintf("there is no kernel for tiles of %d tokens", way.Tokens)
 	case l.K%C.GQ_HOPPER_STEP != 0:
 		return fmt.Sprintf("the rows of the weight are no multiple of %d elements", C.GQ_HOPPER_STEP)
 	case l.N%8 != 0:

@@ -32,7 +32,7 @@ var (
 	measuredShapes = [][2]int64{{3072, 3072}, {4096, 4096}, {9216, 3072}, {12288, 3072}, {3072, 12288}, {14336, 4096}, {4096, 14336}, {8192, 8192}}
 )
 
-// Measuring measures ways to compute linear layers of nf4 weights, and makes the device's table of them. every is called with each
+// Measure tries ways to compute linear layers of nf4 weights, and makes the device's table of them. every is called with each
 // measurement. The device should have nothing else to do, and memory for a few hundred MB.
 func (d *Device) Measure(ctx context.Context, every func(Timed)) (*Table, error) {
 	if err := d.Prepare(); err != nil {

@@ -79,8 +79,18 @@ func (t *Table) check(name string) error {
 			if linearKernels[w.Kernel] == nil && w.Kernel != "decode" {
 				return fmt.Errorf("%s: %d×%d, up to %d rows: there is no kernel %q", name, s.N, s.K, w.Rows, w.Kernel)
 			}
-			if i > 0 && w.Rows <= s.Ways[i-1].Rows {
-				return fmt.Errorf("%s: %d×%d: up to %d rows comes behind up to %d", name, s.N, s.K, w.Rows, s.Ways[i-1].Rows)
+			if w.Kernel == "hopper" && findHopperTile(w.Tokens) < 0 {
+				return fmt.Errorf("%s: %d×%d, up to %d rows: there is no kernel for tiles of %d tokens", name, s.N, s.K, w.Rows, w.Tokens)
+			}
+			if w.Deal < 0 {
+				return fmt.Errorf("%s: %d×%d, up to %d rows: deal is %d", name, s.N, s.K, w.Rows, w.Deal)
+			}
+			least := int64(0)
+			if i > 0 {
+				least = s.Ways[i-1].Rows
+			}
+			if w.Rows <= least {
+				return fmt.Errorf("%s: %d×%d: up to %d rows comes behind up to %d", name, s.N, s.K, w.Rows, least)
 			}
 		}
 	}

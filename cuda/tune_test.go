@@ -69,6 +69,9 @@ func TestTableOfVariable(t *testing.T) {
 		`{"shapes": [{"n": 0, "k": 1}]}`: "0×1",
 		`{"shapes": [{"n": 1, "k": 1, "ways": [{"rows": 1, "kernel": "fast"}]}]}`:                               `no kernel "fast"`,
 		`{"shapes": [{"n": 1, "k": 1, "ways": [{"rows": 2, "kernel": "few"}, {"rows": 2, "kernel": "tile"}]}]}`: "behind",
+		`{"shapes": [{"n": 1, "k": 1, "ways": [{"rows": 0, "kernel": "few"}]}]}`:                                "up to 0",
+		`{"shapes": [{"n": 1, "k": 1, "ways": [{"rows": 1, "kernel": "hopper", "tokens": 48}]}]}`:               "tiles of 48 tokens",
+		`{"shapes": [{"n": 1, "k": 1, "ways": [{"rows": 1, "kernel": "hopper", "tokens": 64, "deal": -1}]}]}`:   "deal is -1",
 		`{"shapes": [{"n": 1, "k": 1, "way": []}]}`:                                                             "unknown field",
 	} {
 		if text != "" {

@@ -356,7 +356,8 @@ GQ_API gq_status gq_linear_workspace_size(gq_state *state, int64_t m, gq_dtype d
                                           int32_t *packed);
 
 /* The linear layer y = x · Wᵀ + bias with the 4-bit weight W [n, k] of a state, packed as it is: x is [m, k], bias [n] or 0, y [m, n], all
- * contiguous, of one dtype, GQ_F32, GQ_F16 or GQ_BF16. Sums are float32 and have a fixed order.
+ * contiguous, of one dtype, GQ_F32, GQ_F16 or GQ_BF16. Sums are float32 and have a fixed order, which on a device depends on whether the
+ * workspace is as large as gq_linear_workspace_size says.
  *
  * CPU: a weight is its value times absmax in float32.
  * Device, GQ_F16 or GQ_BF16, blocksizes from 64 on, k a multiple of 64 and of the blocksize, x, the codes and absmax aligned to 16 bytes, Ampere or

@@ -378,12 +378,7 @@ static void refusals(void) {
 int main(void) {
     gpu_start();
     exec = gpu_exec(NULL);
-    gq_device_info info = GQ_DEVICE_INFO_INIT;
-    OK(gq_device_get_info(0, &info));
-    if (info.major < 8) {
-        puts("skipped: the device is older than Ampere");
-        return SKIPPED;
-    }
+    gpu_needs_ampere();
     OK(gq_device_prepare(0));
     refusals();
     order();

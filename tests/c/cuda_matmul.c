@@ -288,12 +288,7 @@ static void streams(void) {
 int main(void) {
     gpu_start();
     exec = gpu_exec(NULL);
-    gq_device_info info = GQ_DEVICE_INFO_INIT;
-    OK(gq_device_get_info(0, &info));
-    if (info.major < 8) {
-        puts("skipped: the device is older than Ampere"); /* which has no BF16 */
-        return SKIPPED;
-    }
+    gpu_needs_ampere();
     struct linear_weight w = linear_weight(GQ_FORMAT_NF4, 8, 64, 64, 0);
     struct device_weight weight;
     memset(&weight, 0, sizeof weight);

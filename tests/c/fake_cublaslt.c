@@ -8,19 +8,18 @@
  *   fail=FUNCTION:N:STATUS  the Nth call of FUNCTION returns STATUS; N = 0 is every call
  *   none                    there is no algorithm for anything; epilogue: for nothing with an epilogue */
 #define _GNU_SOURCE
+#define FAKE "libcublasLt"
+#include "fake_calls.h"
 #include "fake_cublaslt.h"
 
 #include <dlfcn.h>
-#include <pthread.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define API __attribute__((visibility("default")))
 #pragma GCC diagnostic ignored "-Wmissing-prototypes"
 
-enum { SUCCESS = 0, INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15, FUNCTIONS = 32, CALLS = 4096, MAGIC = 0x17 };
+enum { SUCCESS = 0, INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15, CALLS = 4096, MAGIC = 0x17 };
 enum kind { DESC = 1, LAYOUT, PREFERENCE };
 
 static const struct {
@@ -71,49 +70,21 @@ static struct {
     int (*cuMemsetD8Async)(uint64_t, unsigned char, size_t, void *);
 } cu;
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static struct {
-    char name[48];
-    int64_t calls;
-} functions[FUNCTIONS];
 static struct {
     char function[48];
     int64_t n;
     int status;
 } fault;
 static int none, no_epilogue;
-static int64_t misuses, live;
+static int64_t live;
 static struct fake_lt_call calls[CALLS];
 static int call_count;
 static void *handles[8]; /* contexts; a handle is the address of one here */
 
-static void misuse(const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    fputs("fake libcublasLt: ", stderr);
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
-    va_end(arguments);
-    misuses++;
-}
-
-static int find_function(const char *name) {
-    int i = 0;
-    while (i < FUNCTIONS - 1 && functions[i].name[0] && strcmp(functions[i].name, name) != 0) i++;
-    if (!functions[i].name[0]) snprintf(functions[i].name, sizeof functions[i].name, "%s", name);
-    return i;
-}
-
 static int enter(const char *function) {
     pthread_mutex_lock(&lock);
-    const int i = find_function(function);
-    functions[i].calls++;
-    return strcmp(fault.function, function) == 0 && (fault.n == 0 || fault.n == functions[i].calls) ? fault.status : 0;
-}
-
-static int leave(int status) {
-    pthread_mutex_unlock(&lock);
-    return status;
+    const int64_t n = ++*calls_of(function);
+    return strcmp(fault.function, function) == 0 && (fault.n == 0 || fault.n == n) ? fault.status : 0;
 }
 
 #define ENTER                            \
@@ -141,7 +112,7 @@ API void fake_lt_set(const char *text) {
 
 API int64_t fake_lt_count(const char *what) {
     pthread_mutex_lock(&lock);
-    const int64_t count = strcmp(what, "misuse") == 0 ? misuses : strcmp(what, "live") == 0 ? live : functions[find_function(what)].calls;
+    const int64_t count = strcmp(what, "misuse") == 0 ? misuses : strcmp(what, "live") == 0 ? live : *calls_of(what);
     return leave(0), count;
 }
 

@@ -12,10 +12,9 @@
  *   keep                  the memory, streams and events that there are now may stay, and do not count any more
  * A call that fails does nothing, but those that free, destroy, pop or wait do their work all the same. */
 #define _GNU_SOURCE
-#include <pthread.h>
-#include <stdarg.h>
-#include <stdint.h>
-#include <stdio.h>
+#define FAKE "libcuda"
+#include "fake_calls.h"
+
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -60,17 +59,12 @@ static const struct {
 
 /* ---- settings, counts, faults */
 
-enum { DEVICES = 8, FUNCTIONS = 64, FAULTS = 8, PAGE = 4096, FILL = 0xcd };
+enum { DEVICES = 8, FAULTS = 8, PAGE = 4096, FILL = 0xcd };
 
 static struct {
     int devices, version, arch, defer;
     uint64_t memory;
 } settings = {1, 13000, 90, 1, 8ull << 30};
-
-static struct {
-    char name[48];
-    int64_t calls;
-} functions[FUNCTIONS];
 
 static struct {
     char function[48];
@@ -85,20 +79,9 @@ static struct {
     void (*call)(void);
 } hook;
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int initialized;
-static int64_t misuses, launches, pinned_peak, pushed, retained, loaded_modules, pending;
+static int64_t launches, pinned_peak, pushed, retained, loaded_modules, pending;
 static uint64_t last_stream;
-
-static void misuse(const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    fputs("fake libcuda: ", stderr);
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
-    va_end(arguments);
-    misuses++;
-}
 
 static void keep_all(void);
 
@@ -133,18 +116,10 @@ __attribute__((constructor)) static void start(void) {
     if (set) apply(set);
 }
 
-static int find_function(const char *name) {
-    int i = 0;
-    while (i < FUNCTIONS - 1 && functions[i].name[0] && strcmp(functions[i].name, name) != 0) i++;
-    if (!functions[i].name[0]) snprintf(functions[i].name, sizeof functions[i].name, "%s", name);
-    return i;
-}
-
 /* Every function begins with enter, which counts the call and says how it is to fail, and ends with leave. */
 static int enter(const char *function) {
     pthread_mutex_lock(&lock);
-    const int i = find_function(function);
-    functions[i].calls++;
+    const int64_t n = ++*calls_of(function);
     if (hook.call && strcmp(hook.function, function) == 0 && --hook.n == 0) {
         void (*call)(void) = hook.call;
         hook.call = NULL;
@@ -153,13 +128,8 @@ static int enter(const char *function) {
         pthread_mutex_lock(&lock);
     }
     for (int k = 0; k < fault_count; k++)
-        if (strcmp(faults[k].function, function) == 0 && (faults[k].n == 0 || faults[k].n == functions[i].calls)) return faults[k].code;
+        if (strcmp(faults[k].function, function) == 0 && (faults[k].n == 0 || faults[k].n == n)) return faults[k].code;
     return 0;
-}
-
-static CUresult leave(CUresult result) {
-    pthread_mutex_unlock(&lock);
-    return result;
 }
 
 /* The call fails if it was told to, or if the driver was not initialized. */
@@ -499,7 +469,7 @@ int64_t fake_cuda_count(const char *what) {
                            : strcmp(what, "last_stream") == 0  ? (int64_t)last_stream
                            : strcmp(what, "pending") == 0      ? pending
                            : strcmp(what, "misuse") == 0       ? misuses
-                                                               : functions[find_function(what)].calls;
+                                                               : *calls_of(what);
     return leave(0), result;
 }
 

@@ -122,6 +122,15 @@ static inline void gpu_start(void) {
     gpu_use(0);
 }
 
+/* Ends the test as skipped on Turing, which has no BF16 and decodes weights for linear layers. */
+static inline void gpu_needs_ampere(void) {
+    gq_device_info info = GQ_DEVICE_INFO_INIT;
+    OK(gq_device_get_info(0, &info));
+    if (info.major >= 8) return;
+    puts("skipped: the device is older than Ampere");
+    exit(SKIPPED);
+}
+
 /* ---- memory */
 
 enum { GPU_GUARD = 256, GPU_FILL = 0xa5 };

@@ -8,14 +8,10 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 import pytest
 
 import support
+from support import pytest_configure  # a hook
 
 os.environ.update(support.ENVIRONMENT)
 sys.path.insert(0, str(support.PACKAGE))
-
-
-def pytest_configure(config):
-    if not support.LIBRARY.exists():
-        pytest.exit(f"{support.LIBRARY} is not there: run `make lib` first", returncode=2)
 
 
 @pytest.fixture(scope="session")

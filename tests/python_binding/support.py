@@ -5,12 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "bindings" / "python"
 LIBRARY = Path(os.environ.get("GQUANT_LIBRARY", ROOT / "lib" / "libgquant.so")).resolve()
 HEADER = ROOT / "include" / "gquant.h"
 # What else PYTHONPATH has stays.
 ENVIRONMENT = {"GQUANT_LIBRARY": str(LIBRARY), "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))}
+
+
+def pytest_configure(config):
+    """The hook of every conftest.py that imports it."""
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    if not LIBRARY.exists():
+        pytest.exit(f"{LIBRARY} is not there: run `make lib` first", returncode=2)
 
 
 def python(code, *options, check=True, timeout=300, **environment):

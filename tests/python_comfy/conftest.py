@@ -13,15 +13,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.with_name("python_binding")))
 
 import support
+from support import pytest_configure  # a hook
 
 os.environ.update(support.ENVIRONMENT)
 sys.path.insert(0, str(support.PACKAGE))
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: needs a CUDA device")
-    if not support.LIBRARY.exists():
-        pytest.exit(f"{support.LIBRARY} is not there: run `make lib` first", returncode=2)
 
 
 def pytest_collection_modifyitems(items):
