@@ -18,6 +18,7 @@ type place struct {
 	workspace      C.gq_addr
 	workspaceBytes uint64
 	threads        int
+	settled        bool // a weight may be read before the kernel before has ended
 }
 
 // execution reads where to run.
@@ -29,11 +30,12 @@ func execution(given *C.gq_const_exec) (place, error) {
 	if exec.threads < 0 {
 		return place{}, invalid("exec.threads is %d; want 0 (all cores) or more", int32(exec.threads))
 	}
-	if exec.reserved != 0 {
-		return place{}, invalid("exec.reserved is %d; want 0", uint32(exec.reserved))
+	if exec.flags&^C.GQ_EXEC_SETTLED != 0 {
+		return place{}, invalid("exec.flags is %#x; this version knows GQ_EXEC_SETTLED", uint32(exec.flags))
 	}
 	p := place{
-		stream: cuda.Stream(exec.stream), workspace: exec.workspace, workspaceBytes: uint64(exec.workspace_bytes), threads: int(exec.threads),
+		settled: exec.flags&C.GQ_EXEC_SETTLED != 0,
+		stream:  cuda.Stream(exec.stream), workspace: exec.workspace, workspaceBytes: uint64(exec.workspace_bytes), threads: int(exec.threads),
 	}
 	var err error
 	p.device, err = device("exec.device", exec.device)

@@ -140,7 +140,7 @@ func go_gq_linear(handle *C.gq_state, x C.gq_addr, m C.int64_t, d C.gq_dtype, bi
 
 // linearOnDevice is gq_linear on a device.
 func (s *state) linearOnDevice(where *place, t dtype.DType, m int64, x, bias, y C.gq_addr, xBytes, biasBytes, yBytes uint64) (err error) {
-	l := cuda.Linear{DType: t, M: m, N: s.state.Shape[0], K: s.state.Shape[1]}
+	l := cuda.Linear{DType: t, M: m, N: s.state.Shape[0], K: s.state.Shape[1], Settled: where.settled}
 	if l.X, err = where.address("x", x, xBytes); err != nil {
 		return err
 	}

@@ -31,14 +31,6 @@ const (
 	quantizeRows
 	nonfinite
 	fillBias
-	linear1 // and for 2, 4 and 8 columns of 8 tokens
-	linear2
-	linear4
-	linear8
-	linear1Nested
-	linear2Nested
-	linear4Nested
-	linear8Nested
 	linearTile32 // and for tiles of 64 and 128 tokens
 	linearTile64
 	linearTile128
@@ -55,8 +47,10 @@ const (
 	clearOutliers = sum + 1 + iota
 	pack
 	unpack
-	hopperFirst // kernels as hopperTiles has them
+	hopperFirst // kernels as hopperTiles has them; behind those fewKernels, each plain and nested
 )
+
+var fewFirst = hopperFirst + kernel(3*len(hopperTiles))
 
 // kernels says where each kernel is: the image, which has the name of its .cu file, and the kernel's own name.
 var kernels = listKernels()
@@ -64,7 +58,7 @@ var kernels = listKernels()
 type location struct{ image, name string }
 
 func listKernels() []location {
-	list := make([]location, int(hopperFirst)+3*len(hopperTiles))
+	list := make([]location, int(fewFirst)+6*len(fewKernels))
 	for k, l := range map[kernel]location{
 		quantizeNF4: {"quantize", "gq_quantize_nf4_*"}, quantizeNF4Plain: {"quantize", "gq_quantize_nf4_*_plain"},
 		quantizeFP4: {"quantize", "gq_quantize_fp4_*"}, quantizeFP4Plain: {"quantize", "gq_quantize_fp4_*_plain"},
@@ -84,10 +78,10 @@ func listKernels() []location {
 		for i, tile := range hopperTiles {
 			list[(hopperFirst + kernel(3*i)).of(d)] = location{"linear_hopper", fmt.Sprintf("gq_linear_hopper_%s_%d", name, tile.tokens)}
 		}
-		for i := range 4 {
-			plain, nested := (linear1 + kernel(3*i)).of(d), (linear1Nested + kernel(3*i)).of(d)
-			list[plain] = location{"linear_few", fmt.Sprintf("gq_linear_%s_%d", name, 1<<i)}
-			list[nested] = location{"linear_few", fmt.Sprintf("gq_linear_%s_%d_nested", name, 1<<i)}
+		for i, k := range fewKernels {
+			plain := (fewFirst + kernel(6*i)).of(d)
+			list[plain] = location{"linear_few", fmt.Sprintf("gq_linear_few_%s_%d_%d", name, k.columns, k.rows)}
+			list[plain+3] = location{"linear_few", list[plain].name + "_nested"}
 		}
 	}
 	for i, t := range linearTiles {

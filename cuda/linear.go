@@ -15,6 +15,8 @@ type Linear struct {
 	X, Bias, Y uint64
 	DType      dtype.DType
 	M, N, K    int64
+	// Settled: nothing that is still at work on the stream writes the weight, which may be read while the kernel before ends.
+	Settled bool
 	// Device memory that the layer may use: with LinearWorkspace bytes it is fastest.
 	Workspace, WorkspaceBytes uint64
 }
@@ -111,10 +113,14 @@ func (d *Device) Linear(s Stream, w *Weight, l Linear) error {
 }
 
 func (d *Device) linearArgs(w *Weight, l Linear) C.struct_gq_linear_args {
-	return C.struct_gq_linear_args{
+	args := C.struct_gq_linear_args{
 		weight: d.weight(w), x: C.uint64_t(l.X), bias: C.uint64_t(l.Bias), y: C.uint64_t(l.Y),
 		m: C.int64_t(l.M), n: C.int64_t(l.N), k: C.int64_t(l.K),
 	}
+	if l.Settled {
+		args.settled = 1
+	}
+	return args
 }
 
 // launchLinear launches a kernel with shared memory. From Hopper on it starts while the kernel before it ends, for which it waits itself.

@@ -66,7 +66,7 @@ type measured struct {
 }
 
 func (d *Device) measureShape(ctx context.Context, n, k int64, every func(Timed)) (_ Tuned, err error) {
-	m := &measured{device: d, layer: Linear{DType: dtype.BF16, N: n, K: k}}
+	m := &measured{device: d, layer: Linear{DType: dtype.BF16, N: n, K: k, Settled: true}}
 	defer func() { err = errors.Join(err, m.free()) }()
 	if err := m.allocate(); err != nil {
 		return Tuned{}, err

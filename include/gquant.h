@@ -109,7 +109,7 @@ GQ_API const char *gq_last_error(void);
 GQ_API const char *gq_version(void);
 
 /* Version of this interface. It grows by 1 when something is added; GQ_ABI_VERSION is this header's. */
-#define GQ_ABI_VERSION 3
+#define GQ_ABI_VERSION 4
 GQ_API int32_t gq_abi_version(void);
 
 /* How the library was built and what it runs on, as JSON: version, go, cpu level, and the CUDA architectures that it has kernels
@@ -149,9 +149,14 @@ typedef struct gq_exec {
     gq_addr workspace;        /* device memory for functions that ask for some */
     uint64_t workspace_bytes;
     int32_t threads;          /* on the CPU, or that read files for a device; 0 = all cores, for a device at most 16 */
-    uint32_t reserved;        /* 0 */
+    uint32_t flags;           /* GQ_EXEC_… */
 } gq_exec;
 #define GQ_EXEC_INIT {sizeof(gq_exec), GQ_CPU, 0, 0, 0, 0, 0}
+
+/* For gq_linear on a device; others ignore it. A promise that nothing on the stream is still to write the state's parts: the stream was idle
+ * after they were last written, or gq_linear was called on it since then (in a graph: the graph does not write them, or called it since).
+ * From Hopper on gq_linear then reads them while the kernel before it ends, and is 1 µs faster. */
+enum { GQ_EXEC_SETTLED = 1 };
 
 /* ---- devices ------------------------------------------------------------------------------------------------------ */
 

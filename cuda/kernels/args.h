@@ -42,18 +42,22 @@ struct gq_dequantize_args {
 // y = x · Wᵀ + bias for few tokens: x is [m, k], W [n, k], bias [n] or 0, y [m, n], all but W of one dtype. k is a multiple of
 // GQ_LINEAR_STEP and of the blocksize, which is at least 64.
 enum {
-    GQ_LINEAR_ROWS = 32,      // of W in a tile
-    GQ_LINEAR_STEP = 128,     // elements of k in a slot of a warp's ring
-    GQ_LINEAR_ENTRY = 256,    // bytes of an entry of the table of pairs: 128 or 256
-    GQ_LINEAR_DEPTH = 3,      // slots of a ring, for up to 32 tokens
-    GQ_LINEAR_DEPTH_WIDE = 2, // for more
-    GQ_LINEAR_WARPS = 12,     // at most, for up to 16 tokens
-    GQ_LINEAR_WARPS_WIDE = 8, // for more
+    GQ_LINEAR_STEP = 128,  // elements of k in a slot of a warp's ring
+    GQ_LINEAR_ENTRY = 256, // bytes of an entry of the table of pairs: 128 or 256
 };
+// The kernels: columns of 8 tokens, and rows of W that a CTA has at a time, in parts of GQ_LINEAR_PART rows; slots of a warp's ring, each for a step
+// of a part; and the most warps.
+#define GQ_LINEAR_FEW(FEW)                                                                                                                   \
+    FEW(1, 112, 4, 16) FEW(1, 96, 4, 16) FEW(1, 72, 4, 16) FEW(1, 64, 4, 16) FEW(1, 48, 4, 16) FEW(1, 32, 4, 16) FEW(1, 24, 4, 12)           \
+    FEW(2, 112, 4, 12) FEW(2, 96, 4, 12) FEW(2, 72, 4, 12) FEW(2, 64, 4, 12) FEW(2, 48, 4, 12) FEW(2, 32, 4, 12) FEW(2, 24, 4, 12)           \
+    FEW(4, 32, 3, 12) FEW(4, 24, 3, 12)
+#define GQ_LINEAR_PART(rows) ((rows) % 32 != 0 && (rows) % 24 == 0 ? 24 : 32)
+#define GQ_LINEAR_SLOT(rows) (GQ_LINEAR_PART(rows) * (GQ_LINEAR_STEP / 2 + GQ_LINEAR_STEP / 64 * 4)) // bytes: weights, and a float32 for 64 of them
 struct gq_linear_args {
     struct gq_weight weight;
     uint64_t x, bias, y;
     int64_t m, n, k;
+    int64_t settled; // 1: the kernel before does not write the weight, which may be read before that ends
 };
 
 // The same for more tokens; k is a multiple of GQ_TILE_STEP. A tile is GQ_TILE_ROWS of W and 32, 64 or 128 tokens; it takes k / GQ_TILE_STEP
@@ -93,10 +97,10 @@ struct gq_hopper_args {
     TILE(16, 8, 8, 16, 256)    \
     TILE(32, 8, 8, 32, 256)    \
     TILE(64, 8, 7, 64, 256)    \
-    TILE(96, 6, 6, 32, 256)    \
-    TILE(128, 5, 5, 32, 256)   \
-    TILE(192, 4, 4, 32, 256)   \
-    TILE(256, 4, 4, 32, 128)
+    TILE(96, 6, 6, 96, 256)    \
+    TILE(128, 5, 5, 64, 256)   \
+    TILE(192, 4, 4, 64, 256)   \
+    TILE(256, 4, 4, 64, 128)
 #define GQ_HOPPER_SHARED(tokens, x, w, staged, entry)                                                                                  \
     ((x) * (tokens) * 128 + (w) * GQ_HOPPER_ROWS * (GQ_HOPPER_STEP / 2 + GQ_HOPPER_STEP / 8) + (staged) * (GQ_HOPPER_ROWS * 2 + 16) + \
      256 * (entry) + ((x) + (w)) * 16)

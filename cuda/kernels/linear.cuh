@@ -35,12 +35,21 @@ static DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "
 // Waits until at most PENDING of this thread's groups of copies are under way.
 template <int PENDING> static DEVICE void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
+// ---- the kernel before this one on the stream, under whose end a kernel starts from Hopper on. A kernel lets the next one start when the one
+// before has ended, and no earlier: all that may still be at work when a kernel starts is then the one kernel before it. So it need not
+// wait for weights that are known to have been written before that one (settled).
+
 #if __CUDA_ARCH__ >= 900
-static DEVICE void prefetch(const void *p, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
-}
+static DEVICE bool is_settled(const gq_linear_args &a) { return a.settled; }
 static DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 static DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Into L2, where a late write will be seen.
+static DEVICE void prefetch(const void *p, u32 bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes)); }
+#else
+static DEVICE bool is_settled(const gq_linear_args &) { return true; }
+static DEVICE void let_next_kernel_start() {}
+static DEVICE void wait_for_kernel_before() {}
+static DEVICE void prefetch(const void *, u32) {}
 #endif
 
 // ---- the table: at byte · ENTRY + lane · 4 is the pair of values of a byte. ENTRY is 128 or 256; with 256 one PRMT makes an address.
@@ -73,12 +82,12 @@ template <int ENTRY, int BYTE> static DEVICE u32 pair(u32 table, u32 word, u32 l
     return load_constant_shared(table + offset);
 }
 
-// The 16-row operand of an mma: bytes BYTE and BYTE + 1 of a word of row g and of one of row g + 8.
-template <int ENTRY, int BYTE> static DEVICE void operand(u32 a[4], u32 table, u32 p0, u32 p1, u32 lane_offset) {
+// The 16-row operand of an mma: bytes BYTE and BYTE + 1 of a word of row g and of one of row g + 8, which is 0 if it is not there.
+template <int ENTRY, int BYTE> static DEVICE void operand(u32 a[4], u32 table, u32 p0, u32 p1, u32 lane_offset, bool both = true) {
     a[0] = pair<ENTRY, BYTE>(table, p0, lane_offset);
-    a[1] = pair<ENTRY, BYTE>(table, p1, lane_offset);
+    a[1] = both ? pair<ENTRY, BYTE>(table, p1, lane_offset) : 0;
     a[2] = pair<ENTRY, BYTE + 1>(table, p0, lane_offset);
-    a[3] = pair<ENTRY, BYTE + 1>(table, p1, lane_offset);
+    a[3] = both ? pair<ENTRY, BYTE + 1>(table, p1, lane_offset) : 0;
 }
 
 // ---- scales

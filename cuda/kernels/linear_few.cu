@@ -5,8 +5,9 @@
 // four mma: nothing is repacked. A byte becomes two weights by a table of 256 pairs that each lane has a copy of, in its own bank. The sum
 // of each 64 weights is scaled by their absmax in float32, so no weight is rounded but for the 16 values of the code itself.
 //
-// Each warp has a ring of its own in shared memory, which cp.async fills some steps ahead, across tiles, and needs no barrier for it. A CTA's
-// warps share the k of a tile of 32 rows and add up through shared memory, in a fixed order.
+// A CTA has all of its share of the rows at a time, as far as registers last, so that tokens, which come from L2 for each CTA, are read once. Its
+// warps share k and add up through shared memory, in a fixed order. Each warp has a ring of its own there, which cp.async fills some steps
+// ahead and which needs no barrier: a slot is a step along k of 32 or 24 rows.
 #include "common.cuh"
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800 // Turing has no mma of this shape, nor cp.async
@@ -14,13 +15,28 @@
 
 // ---- constants
 
-static constexpr int SPAN = 64;                      // weights of a row in one step: 16 per thread of a quad
-static constexpr int STEPS = GQ_LINEAR_STEP / SPAN;  // that a slot of the ring has of a row: 64 bytes
-static constexpr int TOKENS = 8;                     // columns of an mma
-static constexpr int ROWS = 16;                      // rows of an mma
-static constexpr int TILES = GQ_LINEAR_ROWS / ROWS;  // of 16 rows, that a warp has at a time
-static constexpr int ENTRY_BYTES = GQ_LINEAR_ENTRY;  // of the table: 32 copies of a pair, one per lane, and maybe a gap
+static constexpr int SPAN = 64;                     // weights of a row in one step: 16 per thread of a quad
+static constexpr int STEPS = GQ_LINEAR_STEP / SPAN; // that a slot of the ring has of a row: 64 bytes
+static constexpr int TOKENS = 8;                    // columns of an mma
+static constexpr int ROWS = 16;                     // rows of an mma
+static constexpr int ENTRY_BYTES = GQ_LINEAR_ENTRY; // of the table: 32 copies of a pair, one per lane, and maybe a gap
 static constexpr int TABLE_BYTES = 256 * ENTRY_BYTES;
+static constexpr int ROW_BYTES = STEPS * SPAN / 2;  // of a row in a slot. In every other pair of rows its halves change places, so that rows read at once lie in other banks
+static_assert(STEPS == 2 && ROW_BYTES == 64, "halves are steps, and scales are read in pairs");
+static DEVICE u32 swapped(u32 row) { return (row & 2) * 16; }
+
+// What a kernel is made for.
+template <int COLUMNS_, int HEIGHT_, int DEPTH_> struct Shape {
+    static constexpr int COLUMNS = COLUMNS_, HEIGHT = HEIGHT_, DEPTH = DEPTH_; // of 8 tokens; rows; slots of a ring
+    static constexpr int WIDTH = COLUMNS * TOKENS;
+    static constexpr int PART = GQ_LINEAR_PART(HEIGHT), PARTS = (HEIGHT + PART - 1) / PART, TILES = (PART + ROWS - 1) / ROWS;
+    static constexpr int SCALES = PART * ROW_BYTES; // in a slot, behind the weights: a float32 for each row and step
+    static constexpr int SLOT_BYTES = GQ_LINEAR_SLOT(HEIGHT);
+    static constexpr int STRIDE = HEIGHT + 4; // of a token in partial sums: the lanes of a quad write to other banks
+    static_assert(WIDTH * STRIDE * 4 <= DEPTH * SLOT_BYTES, "partial sums take the place of the ring");
+    // Whether a part has the rows of that half of an mma.
+    static DEVICE constexpr bool has(int part, int tile, int half) { return tile * ROWS + half * 8 < PART && part * PART + tile * ROWS + half * 8 < HEIGHT; }
+};
 
 // ---- instructions
 
@@ -37,35 +53,23 @@ static DEVICE uint4 load_token(const uint4 *p) {
     return r;
 }
 
-static DEVICE float load_shared_float(u32 address) {
-    float r;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(address));
+static DEVICE float2 load_shared_float2(u32 address) {
+    float2 r;
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(address));
     return r;
 }
 
 static DEVICE void store_shared(u32 address, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory"); }
 
-// ---- a slot of a warp's ring: 32 rows for STEPS steps along k
+// ---- the loader
 
-static constexpr int ROW_BYTES = STEPS * SPAN / 2 + 32;             // the rows that a warp reads at once lie in other banks
-static constexpr int SCALES = GQ_LINEAR_ROWS * ROW_BYTES;           // behind the weights: a float32 for each row and step
-static constexpr int SLOT_BYTES = SCALES + GQ_LINEAR_ROWS * STEPS * 4;
-
-// A place in a CTA's work: its tiles, and the steps that a warp has of each.
+// What a warp loads next: a part of the CTA's rows, and where it is along k, in spans.
 struct Cursor {
-    u32 tile, span;
-    DEVICE void advance(u32 first, u32 leap, u32 spans) {
-        span += leap;
-        if (span >= spans) {
-            span = first;
-            tile += gridDim.x;
-        }
-    }
+    u32 part, span;
 };
 
-template <bool NESTED> struct Loader {
-    static constexpr int VALUES_PER_LANE = GQ_LINEAR_ROWS * STEPS / 32;
-    static constexpr bool IN_ORDER = STEPS == 2 || STEPS == 4; // a row's scales of a slot can be copied at once
+template <class S, bool NESTED> struct Loader {
+    static constexpr int VALUES = S::PART * STEPS, VALUES_PER_LANE = (VALUES + 31) / 32;
     const gq_linear_args &a;
     const float *nested_codebook; // in shared memory
     float offset;
@@ -79,101 +83,111 @@ template <bool NESTED> struct Loader {
         if (NESTED) offset = __ldg(pointer<const float>(a.weight.offset));
     }
 
-    // Starts to fill a slot.
-    DEVICE void start(u32 to, Cursor at) {
-        const u32 lane = threadIdx.x % 32, first_row = at.tile * GQ_LINEAR_ROWS, last = min((u32)GQ_LINEAR_ROWS, (u32)a.n - first_row) - 1;
-        const u32 row_bytes = (u32)a.k / 2, row_blocks = (u32)(a.k / SPAN) >> shift;
+    // Starts to fill a slot with a part of the CTA's rows, from first_row on.
+    DEVICE void start(u32 to, u32 first_row, Cursor at) {
+        const u32 lane = threadIdx.x % 32, row_bytes = (u32)a.k / 2, row_blocks = (u32)(a.k / SPAN) >> shift;
         // Rows behind the last are computed like it, and not stored.
+        const u32 begin = at.part * S::PART, rows = min((u32)S::PART, S::HEIGHT - begin), last = (u32)a.n - 1 - first_row;
         const u8 *packed = pointer<const u8>(a.weight.packed) + (int64_t)first_row * row_bytes + at.span * (SPAN / 2);
-        constexpr int PIECES = STEPS * SPAN / 2 / 16; // of 16 bytes in a row
+        constexpr int PIECES = ROW_BYTES / 16, AT_ONCE = 32 / PIECES; // 16 bytes each; rows
 #pragma unroll
-        for (int i = 0; i < GQ_LINEAR_ROWS * PIECES / 32; i++) {
-            const u32 index = lane + 32 * i, row = index / PIECES, piece = index % PIECES;
-            copy16(to + row * ROW_BYTES + piece * 16, packed + min(row, last) * row_bytes + piece * 16);
+        for (int i = 0; i < S::PART / AT_ONCE; i++) {
+            if (S::HEIGHT % S::PART != 0 && i * AT_ONCE >= rows) break;
+            const u32 row = lane / PIECES + AT_ONCE * i, piece = lane % PIECES;
+            copy16(to + row * ROW_BYTES + (piece * 16 ^ swapped(row)), packed + (int64_t)(min(begin + row, last) * row_bytes) + piece * 16);
         }
         slot = to;
         const int64_t first_block = (int64_t)first_row * row_blocks;
-        if (!NESTED && IN_ORDER && shift == 0) {
-            if (GQ_LINEAR_ROWS == 32 || lane < GQ_LINEAR_ROWS)
-                copy<STEPS * 4>(to + SCALES + lane * STEPS * 4, pointer<const float>(a.weight.absmax) + first_block + (min(lane, last) * row_blocks + at.span));
+        if (!NESTED && shift == 0) { // a row's scales of a slot are copied at once
+            if (lane < rows)
+                copy<STEPS * 4>(to + S::SCALES + lane * STEPS * 4, pointer<const float>(a.weight.absmax) + first_block + (min(begin + lane, last) * row_blocks + at.span));
             return;
         }
 #pragma unroll
         for (int i = 0; i < VALUES_PER_LANE; i++) {
             const u32 index = lane + 32 * i, row = index / STEPS, step = index % STEPS;
-            const int64_t block = first_block + (min(row, last) * row_blocks + (at.span + step >> shift));
+            if (row >= rows) break;
+            const int64_t block = first_block + (min(begin + row, last) * row_blocks + (at.span + step >> shift));
             if (NESTED) {
                 code[i] = __ldg(pointer<const u8>(a.weight.absmax) + block);
                 absmax[i] = __ldg(pointer<const float>(a.weight.nested_absmax) + (block >> 8));
             } else {
-                copy<4>(to + SCALES + index * 4, pointer<const float>(a.weight.absmax) + block);
+                copy<4>(to + S::SCALES + index * 4, pointer<const float>(a.weight.absmax) + block);
             }
         }
     }
 
     // Puts the nested statistics of the slot that was started last into it.
     DEVICE void finish() {
+        if (NESTED && slot != 0) {
 #pragma unroll
-        for (int i = 0; i < (NESTED && slot ? VALUES_PER_LANE : 0); i++)
-            store_shared(slot + SCALES + (threadIdx.x % 32 + 32 * i) * 4, nested_absmax(nested_codebook[code[i]], absmax[i], offset));
+            for (int i = 0; i < VALUES_PER_LANE; i++) {
+                const u32 index = threadIdx.x % 32 + 32 * i;
+                if (VALUES % 32 == 0 || index < VALUES) store_shared(slot + S::SCALES + index * 4, nested_absmax(nested_codebook[code[i]], absmax[i], offset));
+            }
+        }
         slot = 0;
     }
 };
 
-// x points to the thread's 16 elements of the first step for each column; columns behind the last token read it again.
-template <class T, int COLUMNS>
-static DEVICE void multiply(float sum[TILES][COLUMNS][4], u32 slot, const u16 *const x[COLUMNS], u32 span, u32 table, float factor) {
-    const u32 lane = threadIdx.x % 32, lane_offset = lane * 4;
-    const u32 mine = slot + lane / 4 * ROW_BYTES + lane % 4 * 8, scales = slot + SCALES + lane / 4 * STEPS * 4;
-    constexpr bool ALL_X = STEPS * COLUMNS <= 8; // registers for the elements of all steps, so that they come together
-    uint4 all[ALL_X ? STEPS : 1][COLUMNS][2];
-    const auto load_x = [&](uint4 v[COLUMNS][2], int u) {
+// ---- the tokens: a thread's 16 elements of each step, for each column
+
+template <class S> struct Elements {
+    uint4 v[STEPS][S::COLUMNS][2];
+    // x points to those of the first step of k; columns behind the last token read it again.
+    DEVICE void load(const u16 *const x[S::COLUMNS], u32 span) {
 #pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            const uint4 *p = (const uint4 *)(x[c] + span * SPAN) + u * (SPAN / 8);
-            v[c][0] = load_token(p);
-            v[c][1] = load_token(p + 1);
+        for (int u = 0; u < STEPS; u++) {
+#pragma unroll
+            for (int c = 0; c < S::COLUMNS; c++) {
+                const uint4 *p = (const uint4 *)(x[c] + span * SPAN) + u * (SPAN / 8);
+                v[u][c][0] = load_token(p);
+                v[u][c][1] = load_token(p + 1);
+            }
         }
-    };
-#pragma unroll
-    for (int u = 0; u < (ALL_X ? STEPS : 0); u++) load_x(all[u], u);
+    }
+};
+
+// Adds the products of a slot, which has that part of the CTA's rows.
+template <class T, class S> static DEVICE void multiply(float sum[S::TILES][S::COLUMNS][4], int part, u32 slot, const Elements<S> &x, u32 table, float factor) {
+    const u32 lane = threadIdx.x % 32, lane_offset = lane * 4;
+    const u32 mine = slot + lane / 4 * ROW_BYTES + (lane % 4 * 8 ^ swapped(lane / 4)), scales = slot + S::SCALES + lane / 4 * STEPS * 4;
     // All that may change is loaded first; the rest may then be done in the order that suits the machine.
-    uint2 packed[TILES][2][STEPS];
-    float scale[TILES][2][STEPS];
+    uint2 packed[S::TILES][2][STEPS] = {};
+    float2 scale[S::TILES][2] = {};
 #pragma unroll
-    for (int r = 0; r < TILES; r++) {
+    for (int r = 0; r < S::TILES; r++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-#pragma unroll
-            for (int u = 0; u < STEPS; u++) {
-                packed[r][h][u] = load_shared2(mine + (r * ROWS + h * 8) * ROW_BYTES + u * 32);
-                scale[r][h][u] = load_shared_float(scales + ((r * ROWS + h * 8) * STEPS + u) * 4) * factor;
-            }
+            if (!S::has(part, r, h)) break;
+            const u32 row = mine + (r * ROWS + h * 8) * ROW_BYTES;
+            packed[r][h][0] = load_shared2(row);
+            packed[r][h][1] = load_shared2(row ^ 32);
+            scale[r][h] = load_shared_float2(scales + (r * ROWS + h * 8) * STEPS * 4);
         }
     }
 #pragma unroll
     for (int u = 0; u < STEPS; u++) {
-        uint4(&v)[COLUMNS][2] = all[ALL_X ? u : 0];
-        if (!ALL_X) load_x(v, u);
 #pragma unroll
-        for (int r = 0; r < TILES; r++) {
-            float d[COLUMNS][4] = {};
+        for (int r = 0; r < S::TILES; r++) {
+            if (!S::has(part, r, 0)) break;
+            float d[S::COLUMNS][4] = {};
             const uint2 w0 = packed[r][0][u], w1 = packed[r][1][u];
 #pragma unroll
             for (int half = 0; half < 2; half++) { // 8 of the 16 weights, 4 for each mma
                 const u32 p0 = half ? w0.y : w0.x, p1 = half ? w1.y : w1.x;
                 u32 low[4], high[4];
-                operand<ENTRY_BYTES, 0>(low, table, p0, p1, lane_offset);
-                operand<ENTRY_BYTES, 2>(high, table, p0, p1, lane_offset);
+                operand<ENTRY_BYTES, 0>(low, table, p0, p1, lane_offset, S::has(part, r, 1));
+                operand<ENTRY_BYTES, 2>(high, table, p0, p1, lane_offset, S::has(part, r, 1));
 #pragma unroll
-                for (int c = 0; c < COLUMNS; c++) {
-                    mma(T(), d[c], low, v[c][half].x, v[c][half].y);
-                    mma(T(), d[c], high, v[c][half].z, v[c][half].w);
+                for (int c = 0; c < S::COLUMNS; c++) {
+                    mma(T(), d[c], low, x.v[u][c][half].x, x.v[u][c][half].y);
+                    mma(T(), d[c], high, x.v[u][c][half].z, x.v[u][c][half].w);
                 }
             }
-            const float scale0 = scale[r][0][u], scale1 = scale[r][1][u];
+            const float scale0 = (u ? scale[r][0].y : scale[r][0].x) * factor, scale1 = (u ? scale[r][1].y : scale[r][1].x) * factor;
 #pragma unroll
-            for (int c = 0; c < COLUMNS; c++) {
+            for (int c = 0; c < S::COLUMNS; c++) {
                 sum[r][c][0] = __fmaf_rn(scale0, d[c][0], sum[r][c][0]);
                 sum[r][c][1] = __fmaf_rn(scale0, d[c][1], sum[r][c][1]);
                 sum[r][c][2] = __fmaf_rn(scale1, d[c][2], sum[r][c][2]);
@@ -183,102 +197,114 @@ static DEVICE void multiply(float sum[TILES][COLUMNS][4], u32 slot, const u16 *c
     }
 }
 
+// Adds up what the warps have of a CTA's rows, and writes y.
+template <class T, class S> static DEVICE void reduce(const gq_linear_args &a, const float sum[S::PARTS][S::TILES][S::COLUMNS][4], float *partial, u32 first_row) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    float *mine = partial + warp * S::WIDTH * S::STRIDE;
+#pragma unroll
+    for (int p = 0; p < S::PARTS; p++) {
+#pragma unroll
+        for (int r = 0; r < S::TILES; r++) {
+#pragma unroll
+            for (int c = 0; c < S::COLUMNS; c++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (S::has(p, r, i / 2)) mine[(c * TOKENS + t * 2 + i % 2) * S::STRIDE + p * S::PART + r * ROWS + g + i / 2 * 8] = sum[p][r][c][i];
+            }
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < (int)a.m * S::HEIGHT; i += blockDim.x) {
+        const int token = i / S::HEIGHT, row = i % S::HEIGHT;
+        const int64_t column = (int64_t)first_row + row;
+        if (column >= a.n) continue;
+        const float *sums = partial + token * S::STRIDE + row;
+        float v = sums[0];
+        for (int w = 1; w < blockDim.x / 32; w++) v += sums[w * S::WIDTH * S::STRIDE];
+        if (a.bias) v += T::widen(pointer<const u16>(a.bias)[column]);
+        pointer<u16>(a.y)[token * a.n + column] = T::narrow(v);
+    }
+}
+
 // ---- the kernel
 
-template <class T, int COLUMNS, int DEPTH, bool NESTED> static DEVICE void linear_small(const gq_linear_args &a) {
-    constexpr int HEIGHT = GQ_LINEAR_ROWS, WIDTH = COLUMNS * TOKENS;
-    constexpr int STRIDE = HEIGHT + 4; // of a token in partial sums: the lanes of a quad write to other banks
-    extern __shared__ __align__(16) u8 shared[];
+template <class T, class S, bool NESTED> static DEVICE void linear_few(const gq_linear_args &a) {
+    extern __shared__ __align__(64) u8 shared[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
     float *const nested_codebook = (float *)(shared + TABLE_BYTES);
-    float *const partial = nested_codebook + 256; // [warps][WIDTH][STRIDE]
-    const u32 table = shared_address(shared), ring = shared_address(partial + warps * WIDTH * STRIDE) + warp * DEPTH * SLOT_BYTES;
-    const u32 tiles = (u32)((a.n + HEIGHT - 1) / HEIGHT), spans = (u32)(a.k / SPAN);
-    const u32 first = warp * STEPS, leap = warps * STEPS;
-    Cursor next = {blockIdx.x, first};
-#if __CUDA_ARCH__ >= 900
-    let_next_kernel_start();
-    // While the kernel before still runs the weights may come to L2, where they would see a late write. Rows lie one behind another.
-    if (threadIdx.x == 0 && (int64_t)(next.tile + 1) * HEIGHT <= a.n)
-        prefetch(pointer<const u8>(a.weight.packed) + (int64_t)next.tile * HEIGHT * (a.k / 2), (u32)(HEIGHT * a.k / 2));
-#endif
-    fill_table<T, ENTRY_BYTES>(shared, a.weight.format, threadIdx.x, blockDim.x);
-#if __CUDA_ARCH__ >= 900
-    wait_for_kernel_before();
-#endif
+    float *const partial = nested_codebook + 256; // [warps][WIDTH][STRIDE], when the rings are no longer needed
+    const u32 table = shared_address(shared), ring = shared_address(partial) + warp * S::DEPTH * S::SLOT_BYTES;
+    const u32 spans = (u32)(a.k / SPAN), first = warp * STEPS, leap = warps * STEPS;
+    const bool settled = is_settled(a);
+    const auto fill = [&] { fill_table<T, ENTRY_BYTES>(shared, a.weight.format, threadIdx.x, blockDim.x); };
+    u32 first_row = blockIdx.x * S::HEIGHT;
+    if (!settled) {
+        if (threadIdx.x == 0 && first_row + S::HEIGHT <= a.n) // rows lie one behind another
+            prefetch(pointer<const u8>(a.weight.packed) + (int64_t)first_row * (a.k / 2), (u32)(S::HEIGHT * a.k / 2));
+        fill();
+        wait_for_kernel_before();
+    }
     if (NESTED) {
         for (int i = threadIdx.x; i < 256; i += blockDim.x) nested_codebook[i] = __ldg(pointer<const float>(a.weight.nested_codebook) + i);
         __syncthreads();
     }
-    const u16 *x[COLUMNS];
+    const u16 *x[S::COLUMNS];
 #pragma unroll
-    for (int c = 0; c < COLUMNS; c++) x[c] = pointer<const u16>(a.x) + min((int64_t)(c * TOKENS + g), a.m - 1) * a.k + t * 16;
+    for (int c = 0; c < S::COLUMNS; c++) x[c] = pointer<const u16>(a.x) + min((int64_t)(c * TOKENS + g), a.m - 1) * a.k + t * 16;
 
-    Loader<NESTED> loader(a, nested_codebook);
-    const auto load = [&](int slot) { // the next slot's worth, if there is one
-        if (next.tile < tiles && first < spans) {
-            loader.start(ring + slot * SLOT_BYTES, next);
-            next.advance(first, leap, spans);
-        }
-        commit_copies();
-    };
-#pragma unroll
-    for (int d = 0; d < DEPTH - 1; d++) { // a slot stays free for the step that is being multiplied
-        load(d);
-        loader.finish();
-    }
-    __syncthreads(); // the table is there
-    int slot = 0;
+    Loader<S, NESTED> loader(a, nested_codebook);
     const float factor = 1 / table_factor(T(), a.weight.format);
-    for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        float sum[TILES][COLUMNS][4] = {};
-        for (u32 span = first; span < spans; span += leap) {
+    for (bool begun = false; first_row < a.n; first_row += gridDim.x * S::HEIGHT, begun = true) {
+        Cursor next = {0, first};
+        const auto load = [&](int slot) { // the next slot's worth, if there is one
+            if (next.span < spans) {
+                loader.start(ring + slot * S::SLOT_BYTES, first_row, next);
+                if (++next.part == S::PARTS) next = {0, next.span + leap};
+            }
+            commit_copies();
+        };
+        if (begun) __syncthreads(); // the partial sums before these have been added
+#pragma unroll
+        for (int d = 0; d < S::DEPTH - 1; d++) { // a slot stays free for the step that is being multiplied
+            load(d);
             loader.finish();
-            wait_for_copies<DEPTH - 2>();
-            __syncwarp(); // of all lanes; and the slot before this one is free
-            load(slot == 0 ? DEPTH - 1 : slot - 1);
-            multiply<T, COLUMNS>(sum, ring + slot * SLOT_BYTES, x, span, table, factor);
-            slot = slot == DEPTH - 1 ? 0 : slot + 1;
         }
-
-        float *mine = partial + warp * WIDTH * STRIDE;
+        if (!begun) {
+            if (settled) fill(); // while the first copies are under way
+            wait_for_kernel_before();
+            let_next_kernel_start();
+            __syncthreads(); // the table is there
+        }
+        float sum[S::PARTS][S::TILES][S::COLUMNS][4] = {};
+        int slot = 0;
+        for (u32 span = first; span < spans; span += leap) {
+            Elements<S> elements;
+            elements.load(x, span);
 #pragma unroll
-        for (int r = 0; r < TILES; r++) {
-#pragma unroll
-            for (int c = 0; c < COLUMNS; c++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) mine[(c * TOKENS + t * 2 + i % 2) * STRIDE + r * ROWS + g + i / 2 * 8] = sum[r][c][i];
+            for (int part = 0; part < S::PARTS; part++) {
+                loader.finish();
+                wait_for_copies<S::DEPTH - 2>();
+                __syncwarp(); // of all lanes; and the slot before this one is free
+                load(slot == 0 ? S::DEPTH - 1 : slot - 1);
+                multiply<T, S>(sum[part], part, ring + slot * S::SLOT_BYTES, elements, table, factor);
+                slot = slot == S::DEPTH - 1 ? 0 : slot + 1;
             }
         }
-        __syncthreads();
-        for (int i = threadIdx.x; i < WIDTH * HEIGHT; i += blockDim.x) {
-            const int token = i / HEIGHT, row = i % HEIGHT;
-            const int64_t column = (int64_t)tile * HEIGHT + row;
-            if (token >= a.m || column >= a.n) continue;
-            const float *sums = partial + token * STRIDE + row;
-            float v = sums[0];
-            for (int w = 1; w < warps; w++) v += sums[w * WIDTH * STRIDE];
-            if (a.bias) v += T::widen(pointer<const u16>(a.bias)[column]);
-            pointer<u16>(a.y)[token * a.n + column] = T::narrow(v);
-        }
-        __syncthreads(); // before the next tile's partial sums
+        __syncthreads(); // the rings are free
+        reduce<T, S>(a, sum, partial, first_row);
     }
 }
 
-// ---- the kernels: gq_linear_<dtype>_<columns of 8 tokens>[_nested].
+// ---- the kernels: gq_linear_few_<dtype>_<columns of 8 tokens>_<rows>[_nested].
 
-#define KERNEL(name, T, columns, depth, warps, nested)                                                     \
-    extern "C" __global__ void __launch_bounds__(32 * warps) name(gq_linear_args a) {                      \
-        linear_small<T, columns, depth, nested>(a);                                                        \
+#define KERNEL(name, T, columns, rows, depth, warps, nested)                          \
+    extern "C" __global__ void __launch_bounds__(32 * warps) name(gq_linear_args a) { \
+        linear_few<T, Shape<columns, rows, depth>, nested>(a);                        \
     }
-#define EACH_WIDTH(dtype, T, suffix, nested)                                                        \
-    KERNEL(gq_linear_##dtype##_1##suffix, T, 1, GQ_LINEAR_DEPTH, GQ_LINEAR_WARPS, nested)           \
-    KERNEL(gq_linear_##dtype##_2##suffix, T, 2, GQ_LINEAR_DEPTH, GQ_LINEAR_WARPS, nested)           \
-    KERNEL(gq_linear_##dtype##_4##suffix, T, 4, GQ_LINEAR_DEPTH, GQ_LINEAR_WARPS_WIDE, nested)      \
-    KERNEL(gq_linear_##dtype##_8##suffix, T, 8, GQ_LINEAR_DEPTH_WIDE, GQ_LINEAR_WARPS_WIDE, nested)
-
-EACH_WIDTH(f16, F16, , false)
-EACH_WIDTH(f16, F16, _nested, true)
-EACH_WIDTH(bf16, BF16, , false)
-EACH_WIDTH(bf16, BF16, _nested, true)
+#define EACH_KERNEL(columns, rows, depth, warps)                                                       \
+    KERNEL(gq_linear_few_f16_##columns##_##rows, F16, columns, rows, depth, warps, false)              \
+    KERNEL(gq_linear_few_f16_##columns##_##rows##_nested, F16, columns, rows, depth, warps, true)      \
+    KERNEL(gq_linear_few_bf16_##columns##_##rows, BF16, columns, rows, depth, warps, false)            \
+    KERNEL(gq_linear_few_bf16_##columns##_##rows##_nested, BF16, columns, rows, depth, warps, true)
+GQ_LINEAR_FEW(EACH_KERNEL)
 #endif

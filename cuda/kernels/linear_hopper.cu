@@ -261,15 +261,16 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
             barrier_init(w_empty + i * 8, MULTIPLIERS / 32);
         }
         publish_barriers();
-        let_next_kernel_start();
     }
     __syncthreads();
     if (thread >= MULTIPLIERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
         const int warp = thread / 32 - MULTIPLIERS / 32;
         if (warp >= 2) {
-            prefetch_scales(a);
-            wait_for_kernel_before();
+            if (!is_settled(a.linear)) {
+                prefetch_scales(a);
+                wait_for_kernel_before();
+            }
             if (a.linear.weight.nested_absmax)
                 make_scales<T, S, true>(a, shared, w_full, w_empty, warp - 2);
             else
@@ -279,12 +280,13 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
             Segment s;
             if (warp == 0) {
                 Place<S::W_SLOTS> w = {0, 1};
-                // While the kernel before still runs weights may come to L2, where they would see a late write.
-                if (Work(a).next(s)) {
-                    for (u32 i = 0; i < min(s.count, (u32)S::W_SLOTS); i++)
-                        prefetch_box(w_map, (s.first + i) * (STEP / 2), s.tile / a.tiles_of_tokens * (ROWS / 2), 0);
+                if (!is_settled(a.linear)) {
+                    if (Work(a).next(s)) {
+                        for (u32 i = 0; i < min(s.count, (u32)S::W_SLOTS); i++)
+                            prefetch_box(w_map, (s.first + i) * (STEP / 2), s.tile / a.tiles_of_tokens * (ROWS / 2), 0);
+                    }
+                    wait_for_kernel_before();
                 }
-                wait_for_kernel_before();
                 while (work.next(s)) {
                     for (u32 i = 0; i < s.count; i++, w.advance()) {
                         barrier_wait(w_empty + w.slot * 8, w.parity);
@@ -295,6 +297,7 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
             } else {
                 Place<S::X_SLOTS> x = {0, 1};
                 wait_for_kernel_before();
+                let_next_kernel_start();
                 while (work.next(s)) {
                     for (u32 i = s.first * (STEP / 64); i < (s.first + s.count) * (STEP / 64); i++, x.advance()) {
                         barrier_wait(x_empty + x.slot * 8, x.parity);
@@ -308,7 +311,6 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY_REGISTERS));
     fill_table<T, S::ENTRY>(shared + S::TABLE, a.linear.weight.format, thread, MULTIPLIERS);
-    wait_for_kernel_before();
     group_sync<1>(MULTIPLIERS);
 
     const u32 lane = thread % 32, t = lane % 4, lane_offset = lane * 4;
@@ -399,6 +401,7 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
         if (lane == 0) arrive(x_empty + done.slot * 8);
         done.advance();
 
+        wait_for_kernel_before(); // which x did, too; it may read or write the workspace and y
         if (s.first + s.count < a.steps) {
             leave_partial<S>(a, sum);
             continue;

@@ -274,18 +274,13 @@ template <class T, class S, bool SCALED_SUMS, bool NESTED> static DEVICE void li
     Cursor at(work, first);
     int left = (int)(work.first(blockIdx.x + 1) - first);
     Loader<S, NESTED> loader(a, work, at, left);
-#if __CUDA_ARCH__ >= 900
-    let_next_kernel_start();
-    // While the kernel before still runs the first weights may come to L2, where they would see a late write.
     if (threadIdx.x < ROWS && (int64_t)at.row_tile * ROWS + threadIdx.x < a.n) {
         const u32 bytes = min(min((u32)left, work.per_tile - at.step) * (SPAN / 2), 512u);
         prefetch(pointer<const u8>(a.weight.packed) + ((int64_t)at.row_tile * ROWS + threadIdx.x) * (a.k / 2) + at.step * (SPAN / 2), bytes);
     }
-#endif
     fill_table<T, ENTRY>(shared, a.weight.format, threadIdx.x, blockDim.x);
-#if __CUDA_ARCH__ >= 900
     wait_for_kernel_before();
-#endif
+    let_next_kernel_start();
     if (NESTED) {
         if (threadIdx.x == 0) *(float *)(shared + OFFSET) = __ldg(pointer<const float>(a.weight.offset));
         for (int i = threadIdx.x; i < 256; i += THREADS) ((float *)(shared + TABLE_BYTES))[i] = __ldg(pointer<const float>(a.weight.nested_codebook) + i);
@@ -385,10 +380,8 @@ template <class T, class S> static DEVICE void linear_tile_sum(const gq_linear_t
     const u32 tile = blockIdx.x / S::COLUMNS;
     const int64_t start = (int64_t)tile * work.per_tile;
     const int64_t first = work.owner(start), last = work.owner(start + work.per_tile - 1);
-#if __CUDA_ARCH__ >= 900
-    let_next_kernel_start();
     wait_for_kernel_before();
-#endif
+    let_next_kernel_start();
     if (first == last) return;
     const u32 c = blockIdx.x % S::COLUMNS;
     const Place<S> place;

@@ -42,10 +42,12 @@ static void options_in(void) {
         CHECK(status == GQ_ERROR_INVALID_ARGUMENT, "struct_size %u: %s", (unsigned)sizes[i], gq_status_name(status));
         SAYS("struct_size");
     }
-    gq_exec reserved = GQ_EXEC_INIT;
-    reserved.reserved = 1;
-    CHECK(quantize(&reserved) == GQ_ERROR_INVALID_ARGUMENT, "reserved is not 0");
-    SAYS("reserved");
+    gq_exec flags = GQ_EXEC_INIT;
+    flags.flags = GQ_EXEC_SETTLED;
+    CHECK(quantize(&flags) == GQ_OK, "%s", gq_last_error());
+    flags.flags |= 1u << 31;
+    CHECK(quantize(&flags) == GQ_ERROR_INVALID_ARGUMENT, "a flag that there is not");
+    SAYS("flags");
 
     /* A caller that knows nested, but not blocksize. */
     int64_t shape[1] = {N};

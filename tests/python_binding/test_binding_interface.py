@@ -73,14 +73,14 @@ def test_numbers(tmp_path):
         words = name.removeprefix("GQ_ERROR_").split("_")
         assert _errors.BY_STATUS[value].__name__ == "".join(w.capitalize() for w in words) + "Error"
         assert _ffi.lib.gq_status_name(value).decode() == name
-    for name in ("GQ_ABI_VERSION", "GQ_CPU", "GQ_HIGH_NIBBLE_FIRST", "GQ_LOW_NIBBLE_FIRST"):
+    for name in ("GQ_ABI_VERSION", "GQ_CPU", "GQ_EXEC_SETTLED", "GQ_HIGH_NIBBLE_FIRST", "GQ_LOW_NIBBLE_FIRST"):
         assert getattr(_ffi, name) == values[name]
     for name, value in values.items():
         if name.startswith("GQ_FORMAT_"):
             assert quant.format_number(name.removeprefix("GQ_FORMAT_").lower()) == value
     short = {"GQ_BOOL": "bool", "GQ_F4": "float4_e2m1fn", "GQ_BF16": "bfloat16", "GQ_C64": "complex64", "GQ_F8_E8M0": "float8_e8m0fnu"}
     short |= {"GQ_F6_E2M3": "float6_e2m3fn", "GQ_F6_E3M2": "float6_e3m2fn", "GQ_F8_E4M3": "float8_e4m3fn"}
-    others = ("GQ_ERROR_", "GQ_FORMAT_", "GQ_ABI_", "GQ_CPU", "GQ_OK", "GQ_HIGH_", "GQ_LOW_")
+    others = ("GQ_ERROR_", "GQ_FORMAT_", "GQ_ABI_", "GQ_CPU", "GQ_EXEC_", "GQ_OK", "GQ_HIGH_", "GQ_LOW_")
     dtypes = {name: value for name, value in values.items() if not name.startswith(others)}
     assert len(dtypes) == 22
     for name, value in dtypes.items():

@@ -23,11 +23,12 @@ numbers = {torch.float16: 14, torch.bfloat16: 15}
 # Left over from something else: nothing in it is to be taken for a flag.
 memory = torch.full((64 << 20,), 0xa5, dtype=torch.uint8, device="cuda")
 
-def layer(weight, x, bias, y, workspace):
+def layer(weight, x, bias, y, workspace, settled=False):
     state, size, packed = ops._borrow(weight), ctypes.c_uint64(), ctypes.c_int32()
     execution = _ffi.gq_exec(device=0, stream=torch.cuda.current_stream().cuda_stream)
     _ffi.lib.gq_linear_workspace_size(state.handle, len(x), numbers[x.dtype], execution, ctypes.byref(size), ctypes.byref(packed))
     assert packed.value == 1 and size.value <= memory.nbytes
+    execution.flags = _ffi.GQ_EXEC_SETTLED if settled else 0
     if workspace:
         execution.workspace, execution.workspace_bytes = memory.data_ptr(), size.value
     _ffi.lib.gq_linear(state.handle, x.data_ptr(), len(x), numbers[x.dtype], bias.data_ptr() if bias is not None else 0, y.data_ptr(), execution)
@@ -52,10 +53,15 @@ for (n, k), blocksize, quant_type, nested, dtype in (
             check_linear(y[:rows], x, bias, weight, 1.25)
             assert y[rows].isnan().all()
         first, used = y[:rows].clone(), max(used, size)
-        for i in range(4):  # behind one another, with the workspace that each leaves
+        late = torch.empty_like(x)
+        for i in range(4):  # behind one another, with the workspace that each leaves, and with an x that is there just in time
             y.fill_(float("nan"))
             for _ in range(5):
-                layer(weight, x, bias, y[:rows], True)
+                layer(weight, x, bias, y[:rows], True, settled=i % 2)
+            assert equal(y[:rows], first)
+            late.fill_(float("nan"))
+            late.copy_(x)
+            layer(weight, late, bias, y[:rows], True, settled=i % 2)
             assert equal(y[:rows], first)
 print("workspace", used)
 """

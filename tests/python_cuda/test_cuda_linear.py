@@ -231,6 +231,34 @@ def test_graph(rows):
         torch.testing.assert_close(y, layer(x))
 
 
+@fuses
+@pytest.mark.parametrize("rows", [1, 33, 100])
+def test_settled_weights(rows, monkeypatch):
+    """Calls in the block promise it, others don't, and nothing but the time depends on it."""
+    flags, function = [], ops._gq_linear
+
+    def noted(*given):
+        flags.append(given[-1]._obj.flags)
+        return function(*given)
+
+    monkeypatch.setattr(ops, "_gq_linear", noted)
+    layers, x = [layer_of(512, 512), layer_of(512, 512, bias=False)], normal(rows, 512, dtype=torch.bfloat16).cuda()
+    with torch.no_grad():
+        want = layers[1](layers[0](x))
+        graph = torch.cuda.CUDAGraph()
+        with gquant.torch.settled_weights(), torch.cuda.graph(graph):
+            y = layers[1](layers[0](x))
+        layers[0](x)
+        assert flags == [0, 0, 1, 1, 0]
+        for _ in range(3):
+            graph.replay()
+            assert equal(y, want)
+        layers[0].weight.data.fill_(0x2d)
+        graph.replay()
+        changed = layers[1](layers[0](x))
+        assert equal(y, changed) and not equal(y, want)
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_side_stream(rows):
     """It goes to the current stream, and nothing waits."""

@@ -13,8 +13,9 @@ from typing import Any, Optional
 
 from ._errors import BY_STATUS, ForkedError, GquantError
 
-GQ_ABI_VERSION = 3
+GQ_ABI_VERSION = 4
 GQ_CPU = -1
+GQ_EXEC_SETTLED = 1
 GQ_HIGH_NIBBLE_FIRST = 0
 GQ_LOW_NIBBLE_FIRST = 1
 
@@ -47,7 +48,7 @@ class gq_exec(_SizedOnDevice):
         ("workspace", c_uint64),
         ("workspace_bytes", c_uint64),
         ("threads", c_int32),
-        ("reserved", c_uint32),
+        ("flags", c_uint32),
     ]
 
 

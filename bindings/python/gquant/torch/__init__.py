@@ -4,6 +4,16 @@ bitsandbytes, and the operators torch.ops.gquant.*, which torch.compile understa
 from .functional import dequantize_4bit, quantize_4bit
 from .linear import Linear4bit
 from .model import load_4bit_model, load_4bit_weights, reading_4bit_weights
+from .ops import settled_weights
 from .state import QuantState
 
-__all__ = ["Linear4bit", "QuantState", "dequantize_4bit", "load_4bit_model", "load_4bit_weights", "quantize_4bit", "reading_4bit_weights"]
+__all__ = [
+    "Linear4bit",
+    "QuantState",
+    "dequantize_4bit",
+    "load_4bit_model",
+    "load_4bit_weights",
+    "quantize_4bit",
+    "reading_4bit_weights",
+    "settled_weights",
+]
