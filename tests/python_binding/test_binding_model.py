@@ -213,29 +213,24 @@ def test_load_4bit_weights(converted):
 def test_reading_4bit_weights(converted):
     path, _, _ = converted
     tensors, weights = gquant.torch.load_4bit_weights(path)
-    with gquant.torch.reading_4bit_weights(path, "cpu") as (early, coming, wait):
-        assert early.keys() == tensors.keys() and all(same(early[name], tensor) for name, tensor in tensors.items())
-        assert all(same(state.absmax, weights[name][1].absmax) for name, (_, state) in coming.items())
-        wait()
-        assert all(same(packed, weights[name][0]) for name, (packed, _) in coming.items())
-    with gquant.torch.reading_4bit_weights(path, "cpu") as (_, coming, _):
-        pass
-    assert all(same(packed, weights[name][0]) for name, (packed, _) in coming.items())
+    for waits in (True, False):
+        with gquant.open(path) as model, gquant.torch.reading_4bit_weights(model, "cpu") as (early, coming, wait):
+            assert early.keys() == tensors.keys() and all(same(early[name], tensor) for name, tensor in tensors.items())
+            if waits:
+                wait()
+                assert all(same(packed, weights[name][0]) for name, (packed, _) in coming.items())
+        assert coming.keys() == weights.keys()
+        for name, (packed, state) in coming.items():
+            want = weights[name][1].as_dict(packed=True)
+            assert same(packed, weights[name][0]) and all(same(part, want[key]) for key, part in state.as_dict(packed=True).items())
 
 
 def test_what_cannot_be_read_is_said_when_it_is_waited_for(converted, tmp_path):
     cut = tmp_path / "m.safetensors"
     cut.write_bytes(converted[0].read_bytes())
-    open_model = gquant.model.open
-
-    def opened(*given):
-        model = open_model(*given)
-        os.truncate(cut, cut.stat().st_size // 2)  # after the header was read
-        return model
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gquant.model, "open", opened)
-        with pytest.raises(gquant.GquantError, match=str(cut)), gquant.torch.reading_4bit_weights(cut, "cpu") as (_, _, wait):
+    with gquant.open(cut) as model:
+        os.truncate(cut, cut.stat().st_size // 2)
+        with pytest.raises(gquant.GquantError, match=str(cut)), gquant.torch.reading_4bit_weights(model, "cpu") as (_, _, wait):
             wait()
 
 

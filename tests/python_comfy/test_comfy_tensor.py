@@ -5,6 +5,7 @@ The tests named for a limit pin what comfy-kitchen cannot do, and what gquant.co
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,22 @@ def test_parameter_detach_and_data_share_the_codes(layout, nested, wrap):
     assert is_4bit(wrapped) and same_bytes(wrapped, weight)
     assert wrapped._qdata.data_ptr() == weight._qdata.data_ptr()
     assert wrapped._params.scale.data_ptr() != weight._params.scale.data_ptr()  # comfy-kitchen copies them
+
+
+@kinds
+@pytest.mark.parametrize("use", [torch.Tensor.detach, lambda w: w[1:], QuantizedTensor.dequantize], ids=["detach", "slice", "dequantize"])
+def test_what_is_still_being_read_is_waited_for(layout, nested, use):
+    weight = quantized(layout, nested)
+    late = {name: torch.zeros_like(tensor) for name, tensor in tensors(weight).items()}
+
+    def read():
+        for name, tensor in tensors(weight).items():
+            late[name].copy_(tensor)
+
+    codes, *parts = late.values()
+    params = replace(weight._params, **dict(zip(weight._params._tensor_fields(), parts)), wait=read)
+    got, want = use(QuantizedTensor(codes, weight._layout_cls, params)), use(weight)
+    assert same_bytes(got, want) if is_4bit(got) else torch.equal(got, want)
 
 
 def test_a_parameter_is_one():

@@ -48,7 +48,7 @@ def test_quantizing_keeps_the_picture(models):
     assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.95
 
 
-def test_codes_are_views_of_the_file(models, monkeypatch):
+def test_weights_are_views_of_the_file(models, monkeypatch):
     given = {}
     read = comfy.utils.load_torch_file
 
@@ -59,25 +59,36 @@ def test_codes_are_views_of_the_file(models, monkeypatch):
     monkeypatch.setattr(comfy.utils, "load_torch_file", load_torch_file)
     model = loaders.load_model(models.quantized("flux"))
     weights = packed(model.model.diffusion_model)
-    assert weights and all(weight._qdata.data_ptr() == given[name].data_ptr() for name, weight in weights.items())
+    sample(model)  # with the weights where they are
+    assert weights and all(weight is packed(model.model.diffusion_model)[name] for name, weight in weights.items())
+    for name, weight in weights.items():
+        assert weight._qdata.data_ptr() == given[name].data_ptr()
+        assert weight._params.scale.data_ptr() == given[name + ".absmax"].data_ptr()
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("names", ["comfyui", "diffusers"])
 def test_what_is_read_straight_to_a_device_is_the_same(models, monkeypatch, tmp_path, names, nested):
-    """Without bitsandbytes' keys in between, and while the model is built: codes that come late are in it. Here the device is the CPU."""
+    """Without bitsandbytes' keys in between, and while the model is built: weights that come late are in it. Here the device is the CPU."""
     path = models.quantized("flux", "nf4", nested) if names == "comfyui" else diffusers_file(tmp_path, nested, 64)[0]
-    want, read_all, late = loaders.load_model(path), gquant.model.Model.read_all, []
+    want, reader, late = loaders.load_model(path), gquant.model.Model._reader, []
 
-    def delayed(self, tensors, layers, **options):
-        if layers and all(parts.keys() == {"packed"} for parts in layers.values()):
-            for parts in layers.values():
-                parts["packed"].fill_(0x5A)
+    def delayed(self, tensors, layers, *given, **options):
+        read = reader(self, tensors, layers, *given, **options)
+
+        def late_read():
             time.sleep(1)
             late.append(len(layers))
-        read_all(self, tensors, layers, **options)
+            read()
 
-    monkeypatch.setattr(gquant.model.Model, "read_all", delayed)
+        if not any("packed" in parts for parts in layers.values()):
+            return read
+        for parts in layers.values():
+            for part in parts.values():
+                part.fill_(0x5A)
+        return late_read
+
+    monkeypatch.setattr(gquant.model.Model, "_reader", delayed)
     monkeypatch.setattr(build, "reads_straight", lambda device: device == "gpu")
     monkeypatch.setattr(comfy.utils, "load_torch_file", None)
     got = loaders.load_model(path, device="gpu")

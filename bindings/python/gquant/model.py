@@ -4,7 +4,7 @@ import functools
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import byref, c_char_p, c_int64, c_void_p
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
@@ -196,6 +196,12 @@ class Model(Mapping[str, Union[Tensor, Layer]]):
         QuantState's fields, "packed" as any dtype, "offset" as float32 []; parts that are not there are not read. All arrays are
         on the host, or all on one device. stream: on a device, whose work is done before memory is written.
         """
+        self._reader(tensors, layers, threads, stream)()
+
+    def _reader(
+        self, tensors: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], threads: int = 0, stream: Optional[int] = None
+    ) -> Callable[[], None]:
+        """read_all, but for the reading: a function that does it and keeps no other thread from running Python meanwhile."""
         buffers = []
         memory = (_ffi.gq_buffer * len(self.tensors))()
         for name, out in tensors.items():
@@ -210,7 +216,12 @@ class Model(Mapping[str, Union[Tensor, Layer]]):
             fill(parts[layer._index], found)
             buffers.extend(found.values())
         execution = _ffi.execution(threads, *_buffers.place(*buffers, stream=stream))
-        lib.gq_model_read_all(self._handle.value, memory, len(memory), parts, len(parts), execution)
+
+        def read() -> None:
+            lib.gq_model_read_all(self._handle.value, memory, len(memory), parts, len(parts), execution)
+            buffers.clear()  # which were kept until here
+
+        return read
 
     def _find(self, items: Mapping[str, Any], name: str) -> Any:
         found = items.get(name)

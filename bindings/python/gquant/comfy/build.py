@@ -29,14 +29,14 @@ _OPTIONAL = re.compile(r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projecto
 StateDict = dict[str, Union[Tensor, QuantizedTensor]]
 
 
-def state_dict(values: dict[str, files.Value]) -> StateDict:
-    """What ComfyUI takes: QuantizedTensors, each with its description."""
+def state_dict(values: dict[str, files.Value], wait: Optional[Callable[[], None]] = None) -> StateDict:
+    """What ComfyUI takes: QuantizedTensors, each with its description. wait: for weights that are still being read."""
     sd: StateDict = {}
     for name, value in values.items():
         if not isinstance(value, files.Weight):
             sd[name] = value
         elif is_linear(name, value):
-            sd[name] = wrap(value.packed, value.state)
+            sd[name] = wrap(value.packed, value.state, wait=wait)
             sd[description(name)] = describe(sd[name])
         else:
             sd[name] = value.dequantize()  # of no linear layer
@@ -61,18 +61,15 @@ def build_model(
     device: str,
     disable_dynamic: bool,
     path: str,
-    wait: Callable[[], None] = lambda: None,
 ) -> Any:
-    """A ModelPatcher of a diffusion model. config: what ComfyUI detected. path: named in errors. wait: called before codes are read. The
-    rest: see loaders.load_model."""
+    """A ModelPatcher of a diffusion model. config: what ComfyUI detected. path: named in errors. The rest: see loaders.load_model."""
     compute_dtype = dtype or default_dtype(config, device)
     absent: list[str] = []
-    options = model_options(device, management.unet_offload_device()) | {"dtype": compute_dtype, "custom_operations": layers(compute_dtype, absent, wait)}
+    options = model_options(device, management.unet_offload_device()) | {"dtype": compute_dtype, "custom_operations": layers(compute_dtype, absent)}
     patcher = call(
         path, comfy.sd.load_diffusion_model_state_dict, sd, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
     )
     check_absent(path, absent)
-    wait()
     return placed(patcher, compute_dtype, device)
 
 
@@ -104,7 +101,7 @@ def placed(patcher: Any, compute_dtype: torch.dtype, device: str) -> Any:
     return patcher
 
 
-def layers(compute_dtype: torch.dtype, absent: list[str], wait: Callable[[], None] = lambda: None) -> type:
+def layers(compute_dtype: torch.dtype, absent: list[str]) -> type:
     """Layers that note in absent which of their tensors a state dict lacks: their memory is then whatever it was before."""
     base = linear_4bit_ops(compute_dtype)
 
@@ -112,7 +109,6 @@ def layers(compute_dtype: torch.dtype, absent: list[str], wait: Callable[[], Non
         def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: Any, missing: list[str], *lists: Any) -> None:
             key = prefix + "weight"
             if not isinstance(self, base.Linear) and is_4bit(state_dict.get(key)):
-                wait()
                 state_dict[key] = with_dtype(state_dict[key], compute_dtype).dequantize()  # an embedding
                 state_dict.pop(description(key), None)
             lacks_weight, before = isinstance(self, base.Linear) and key not in state_dict, len(missing)

@@ -4,6 +4,8 @@ A QuantizedTensor has the shape of the weight and the dtype that it decodes to (
 _qdata are the codes as a file has them, uint8 [ceil(n / 2), 1], high nibble first.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Optional
 
@@ -33,6 +35,7 @@ class Params(BaseLayoutParams):
     nested_code: Optional[Tensor] = None  # float32 [256]
     offset: Optional[Tensor] = None  # float32 []
     transposed: bool = False
+    wait: Optional[Callable[[], None]] = None  # waits for a file of which the weight is still being read
 
     @property
     def nested(self) -> bool:
@@ -43,6 +46,22 @@ class Params(BaseLayoutParams):
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight in memory."""
         return self.orig_shape[::-1] if self.transposed else self.orig_shape
+
+    def ready(self) -> "Params":
+        """Itself, when the weight has been read."""
+        if self.wait is not None:
+            self.wait()
+        return self
+
+    def clone(self) -> BaseLayoutParams:
+        """With copies of the tensors."""
+        self.ready()
+        return super().clone()
+
+    def to_device(self, device: torch.device) -> BaseLayoutParams:
+        """With the tensors on a device."""
+        self.ready()
+        return super().to_device(device)
 
     def _tensor_fields(self) -> list[str]:
         return ["scale", *_NESTED] if self.nested else ["scale"]
@@ -99,7 +118,7 @@ class _Layout(QuantizedLayout):
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Params) -> Tensor:
         """The weight: orig_dtype, of the shape that it has in memory."""
-        return torch.ops.gquant.dequantize_4bit(*cls._arguments(qdata, params))
+        return torch.ops.gquant.dequantize_4bit(*cls._arguments(qdata, params.ready()))
 
     @classmethod
     def _arguments(cls, qdata: Tensor, params: Params) -> tuple[Any, ...]:
@@ -118,7 +137,7 @@ class _Layout(QuantizedLayout):
         state = QuantState(
             absmax=params.scale,
             shape=torch.Size(params.shape),
-            code=codebook(cls.quant_type, qdata.device),  # a new one: safetensors saves no tensors that share memory
+            code=_codebook(cls.quant_type, qdata.device).clone(),  # safetensors saves no tensors that share memory
             blocksize=params.blocksize,
             quant_type=cls.quant_type,
             dtype=params.dtype,
@@ -157,14 +176,16 @@ def is_4bit(tensor: Any) -> bool:
     return isinstance(tensor, QuantizedTensor) and issubclass(get_layout_class(tensor._layout_cls), _Layout)
 
 
-def wrap(packed: Tensor, state: QuantState, dtype: Optional[torch.dtype] = None) -> QuantizedTensor:
+def wrap(
+    packed: Tensor, state: QuantState, dtype: Optional[torch.dtype] = None, wait: Optional[Callable[[], None]] = None
+) -> QuantizedTensor:
     """A QuantizedTensor over the tensors of a weight, of which none is copied.
 
-    packed: the codes, of any dtype. dtype: what the weight decodes to; None: the dtype that it had.
+    packed: the codes, of any dtype. dtype: what the weight decodes to; None: the dtype that it had. wait: called before it decodes.
     """
     if state.shape is None:
         raise InvalidArgumentError("the state has no shape")
-    params = _params(state, dtype or state.dtype)
+    params = _params(state, dtype or state.dtype, wait)
     return QuantizedTensor(packed.view(torch.uint8).reshape(-1, 1), LAYOUTS[state.quant_type].name, params)
 
 
@@ -178,7 +199,10 @@ def weight_arguments(weight: QuantizedTensor) -> tuple[Any, ...]:
     return weight.layout_cls._arguments(weight._qdata, weight._params)
 
 
-def _params(state: QuantState, orig_dtype: torch.dtype) -> Params:
+_codebook = functools.cache(codebook)  # to bring one to a device takes its turn behind weights that are being read
+
+
+def _params(state: QuantState, orig_dtype: torch.dtype, wait: Optional[Callable[[], None]] = None) -> Params:
     _, absmax, nested_absmax, nested_code, offset, shape, dtype, blocksize, _ = arguments(state.absmax, state)
     return Params(
         scale=absmax,
@@ -189,6 +213,7 @@ def _params(state: QuantState, orig_dtype: torch.dtype) -> Params:
         nested_absmax=nested_absmax,
         nested_code=nested_code,
         offset=offset,
+        wait=wait,
     )
 
 

@@ -1,6 +1,7 @@
 """Models with 4-bit weights from files. Needs ComfyUI."""
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ def load_model(path: str, dtype: Optional[torch.dtype] = None, device: str = "de
             wait()
             raise UnsupportedError(f"{build.file_name(path)} is no diffusion model that this ComfyUI knows{_what_fits(values, metadata)}")
         _tell(path, notices)
-        patcher = build.build_model(sd, config, metadata, dtype, device, disable_dynamic, path, wait)
+        patcher = build.build_model(sd, config, metadata, dtype, device, disable_dynamic, path)
     patcher.cached_patcher_init = (load_model, (path, dtype, device))
     return patcher
 
@@ -163,33 +164,48 @@ def _read(path: str, device: str, quantized: bool = True) -> tuple[dict[str, fil
 
 @contextlib.contextmanager
 def _reading(path: str, device: str, quantized: bool = True) -> Iterator[tuple[dict[str, files.Value], dict[str, str], Callable[[], None]]]:
-    """The same while the codes of linear layers may still be read, which takes as long as building a model, and a function that waits
+    """The same while the weights of linear layers may still be read, which takes as long as building a model, and a function that waits
     for them: whatever decodes, cuts or joins weights has to."""
     if not path.lower().endswith((".safetensors", ".sft")):
         raise UnsupportedError(f"{build.file_name(path)} is no safetensors file, as which alone 4-bit weights are published")
-    with models.open(path) as model:
-        metadata, layers = _undescribed(model.metadata), list(model.layers.values())
-    if quantized and not layers:
-        raise _not_quantized(path)
     known: dict[str, files.Weight] = {}
+    read: Callable[[], None] = lambda: None  # noqa: E731
+
+    @functools.cache
+    def wait() -> None:
+        read()
+        with _naming(path):
+            files.check_statistics(known)
+
     with contextlib.ExitStack() as stack:
-        wait: Callable[[], None] = lambda: None  # noqa: E731
+        model = stack.enter_context(models.open(path))
+        metadata, layers = _undescribed(model.metadata), list(model.layers.values())
+        if quantized and not layers:
+            raise _not_quantized(path)
         if build.reads_straight(device) or any(layer.convention != "bitsandbytes" for layer in layers):
             to = management.get_torch_device() if build.reads_straight(device) else "cpu"
-            tensors, weights, wait = stack.enter_context(reading_4bit_weights(path, to))
+            tensors, weights, read = stack.enter_context(reading_4bit_weights(model, to))
             known = {name: files.Weight(*weight) for name, weight in weights.items()}
         else:
             tensors = comfy.utils.load_torch_file(path, safe_load=True)  # views of the file, which ComfyUI can read again from it
         tensors, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
         notices: list[str] = []
-        try:
+        with _naming(path):
             values = files.weights(tensors, notices, known)
-        except BadFileError as e:
-            raise BadFileError(f"{build.file_name(path)}: {e}") from None
         _tell(path, notices)
         if not all(build.is_linear(name, value) for name, value in known.items()):
             wait()
         yield values, metadata, wait
+        wait()
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Names a file in what is said of it."""
+    try:
+        yield
+    except BadFileError as e:
+        raise BadFileError(f"{build.file_name(path)}: {e}") from None
 
 
 def _undescribed(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -216,7 +232,7 @@ def _detect(
     """A diffusion model's state dict with ComfyUI's names, and what ComfyUI knows of the model; None if it does not know it."""
     prefix = detection.unet_prefix_from_state_dict(values)  # of a checkpoint
     values = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)} or values
-    sd = build.state_dict(values)
+    sd = build.state_dict(values, wait)
     config = detection.model_config_from_unet(sd, "", metadata=metadata)
     if config is None and (maps := files.row_map(detection.convert_diffusers_mmdit, values)) is not None:
         wait()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .._errors import UnsupportedError
 from ..torch import QuantState
 from . import handlers
-from .layouts import LAYOUTS, is_4bit, with_dtype, wrap
+from .layouts import LAYOUTS, QuantizedTensor, is_4bit, with_dtype, wrap
 from .lora import LowRank, low_rank
 
 # The name of each layout in the .comfy_quant of a layer, which `gquant convert --convention comfy` writes too.
@@ -109,14 +110,26 @@ def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
                 args[-1].append(f"{prefix}weight is {list(weight.shape)}; this layer's is {list(self._orig_shape)}")
                 return
             state_dict.pop(prefix + "comfy_quant", None)
-            self._set(with_dtype(weight, compute_dtype))
+            params = replace(weight._params, orig_dtype=compute_dtype, wait=None)  # it is read before the layer runs
+            self._set(QuantizedTensor(weight._qdata, weight._layout_cls, params))
             nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
             missing = args[2]
             missing[:] = [key for key in missing if key != prefix + "weight"]
 
         def _set(self, weight: Any) -> None:
             self.layout_type, self.quant_format = weight._layout_cls, FORMATS[weight._layout_cls]
-            self.weight = nn.Parameter(weight, requires_grad=False)
+            # What nn.Parameter returns, without detach(), in which comfy-kitchen copies absmax. So the weight must be new.
+            weight._is_param = True
+            self.weight, self.comfy_quant = weight, describe(weight)
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            # ComfyUI's layer wraps parameters anew, also those that fn leaves as they are.
+            if not is_4bit(self._parameters.get("weight")):
+                return super()._apply(fn, recurse)
+            changed = {id(parameter): fn(parameter) for parameter in self.parameters(recurse=False)}
+            if all(id(tensor) == before for before, tensor in changed.items()):
+                return self
+            return super()._apply(lambda tensor: changed[id(tensor)] if id(tensor) in changed else fn(tensor), recurse)
 
         def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
             """bitsandbytes' keys, and .comfy_quant."""
@@ -125,10 +138,7 @@ def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
             found = {} if destination is None else destination
             if self.bias is not None:
                 found[prefix + "bias"] = self.bias
-            self.comfy_quant = describe(self.weight)
-            parts = self.weight.state_dict()
-            _name(self.weight, parts)
-            found |= {f"{prefix}weight{suffix}": part for suffix, part in parts.items()}
+            found |= {f"{prefix}weight{suffix}": part for suffix, part in _parts(self.weight).items()}
             found[prefix + "comfy_quant"] = self.comfy_quant
             return found
 
@@ -175,6 +185,15 @@ def _take_weight(state_dict: dict[str, Any], key: str) -> Any:
         weight = wrap(weight, QuantState.from_dict(parts, device=weight.device))
     del state_dict[key]
     return weight
+
+
+def _parts(weight: Any) -> dict[str, Tensor]:
+    """What a state dict has of a weight, by what follows "weight". ComfyUI asks often, to add up sizes, so it is kept."""
+    kept = weight.__dict__.get("_parts")
+    if kept is None or kept[0] is not weight._params:
+        weight._parts = kept = weight._params, weight.state_dict()
+        _name(weight, kept[1])
+    return kept[1]
 
 
 def _name(weight: Any, parts: dict[str, Tensor]) -> None:

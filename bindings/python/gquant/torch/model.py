@@ -61,21 +61,25 @@ def load_4bit_weights(
 
 
 @contextmanager
-def reading_4bit_weights(path: models.Path, device: Union[torch.device, str]) -> Iterator[tuple[dict[str, Tensor], Weights, Callable[[], None]]]:
-    """What load_4bit_weights returns while the codes, most of a file, are still being read, and a function that waits for them.
+def reading_4bit_weights(model: models.Model, device: Union[torch.device, str]) -> Iterator[tuple[dict[str, Tensor], Weights, Callable[[], None]]]:
+    """What load_4bit_weights returns while the 4-bit weights, most of a file, are still being read, and a function that waits for them.
 
-    The memory is there, all else is read; at the end of the context the codes are, too. device: the CPU or a CUDA device.
+    Their memory is there, all else is read, offsets too; at the end of the context the weights are. device: the CPU or a CUDA device.
     """
     device = torch.device(device)
-    with models.open(path) as model, ThreadPoolExecutor(1) as pool:
-        tensors, parts = _memory(model, device)
-        late = {name: {"packed": parts[name]["packed"]} for name, layer in model.layers.items() if layer.format != "int8"}
-        early = {name: {key: part for key, part in arrays.items() if key not in late.get(name, ())} for name, arrays in parts.items()}
-        model.read_all(tensors, early)
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-        codes = pool.submit(model.read_all, {}, late, stream=stream)
-        yield *_assembled(model, tensors, parts), codes.result
-        codes.result()
+    tensors, parts = _memory(model, device)
+    late, early = {}, {}
+    for name, arrays in parts.items():
+        soon = arrays if model.layers[name].format == "int8" else {"offset"}
+        early[name] = {key: part for key, part in arrays.items() if key in soon}
+        late[name] = {key: part for key, part in arrays.items() if key not in soon}
+    model.read_all(tensors, early)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    read = model._reader({}, late, stream=stream)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        yield *_assembled(model, tensors, parts), reading.result
+        reading.result()
 
 
 def _memory(model: models.Model, device: torch.device) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
