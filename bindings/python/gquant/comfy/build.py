@@ -65,7 +65,7 @@ def build_model(
     """A ModelPatcher of a diffusion model. config: what ComfyUI detected. path: named in errors. The rest: see loaders.load_model."""
     compute_dtype = dtype or default_dtype(config, device)
     absent: list[str] = []
-    options = model_options(device, management.unet_offload_device()) | {"dtype": compute_dtype, "custom_operations": layers(compute_dtype, absent)}
+    options = model_options(device, management.unet_offload_device()) | {"dtype": compute_dtype, "custom_operations": layers(compute_dtype, absent, device)}
     patcher = call(
         path, comfy.sd.load_diffusion_model_state_dict, sd, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic
     )
@@ -97,15 +97,25 @@ def placed(patcher: Any, compute_dtype: torch.dtype, device: str) -> Any:
     patcher.model.manual_cast_dtype = compute_dtype
     if reads_straight(device):
         patcher.offload_device = management.unet_offload_device()
+        for module in patcher.model.modules():
+            # What ComfyUI notes of weights that are on the device and patched. To get there it would wait for the device, which is
+            # still being sent weights, once per module.
+            module.comfy_patched_weights = True
         management.load_models_gpu([patcher], force_full_load=True)
     return patcher
 
 
-def layers(compute_dtype: torch.dtype, absent: list[str]) -> type:
+def layers(compute_dtype: torch.dtype, absent: list[str], device: str = "default") -> type:
     """Layers that note in absent which of their tensors a state dict lacks: their memory is then whatever it was before."""
     base = linear_4bit_ops(compute_dtype)
+    place = management.get_torch_device() if reads_straight(device) else None
 
     class Noting:
+        def __init__(self, *args: Any, **options: Any):
+            if place is not None and options.get("device", place) is None:
+                options["device"] = place  # ComfyUI would move each tensor there later, in turn with the weights that are being read
+            super().__init__(*args, **options)
+
         def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: Any, missing: list[str], *lists: Any) -> None:
             key = prefix + "weight"
             if not isinstance(self, base.Linear) and is_4bit(state_dict.get(key)):
