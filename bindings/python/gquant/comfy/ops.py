@@ -19,6 +19,7 @@ from .lora import LowRank, low_rank
 
 # The name of each layout in the .comfy_quant of a layer, which `gquant convert --convention comfy` writes too.
 FORMATS = {layout.name: f"bnb_{quant_type}" for quant_type, layout in LAYOUTS.items()}
+_DESCRIPTIONS = {layout: json.dumps({"format": format}).encode() for layout, format in FORMATS.items()}
 
 for _layout, _format in FORMATS.items():
     _entry = {"storage_t": torch.uint8, "parameters": set(), "comfy_tensor_layout": _layout, "quantize_input": False}
@@ -126,7 +127,7 @@ def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
             # ComfyUI's layer wraps parameters anew, also those that fn leaves as they are.
             if not is_4bit(self._parameters.get("weight")):
                 return super()._apply(fn, recurse)
-            changed = {id(parameter): fn(parameter) for parameter in self.parameters(recurse=False)}
+            changed = {id(parameter): fn(parameter) for parameter in self._parameters.values() if parameter is not None}
             if all(id(tensor) == before for before, tensor in changed.items()):
                 return self
             return super()._apply(lambda tensor: changed[id(tensor)] if id(tensor) in changed else fn(tensor), recurse)
@@ -171,7 +172,7 @@ def linear_4bit_ops(compute_dtype: torch.dtype) -> type:
 
 def describe(weight: Any) -> Tensor:
     """The .comfy_quant of a layer with a 4-bit weight: ComfyUI's JSON as uint8, by which it sees that a model is quantized."""
-    return torch.frombuffer(bytearray(json.dumps({"format": FORMATS[weight._layout_cls]}).encode()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(_DESCRIPTIONS[weight._layout_cls]), dtype=torch.uint8)
 
 
 def _take_weight(state_dict: dict[str, Any], key: str) -> Any:
