@@ -1,6 +1,7 @@
 """linear_4bit, Linear4bit and QuantState.linear: they multiply with the packed weight."""
 
 import array
+import threading
 
 import bitsandbytes
 import numpy
@@ -193,6 +194,20 @@ def test_bitsandbytes(quant_type, nested):
             x = normal(rows, 192, dtype=dtype)
             with torch.no_grad():
                 torch.testing.assert_close(layer(x), theirs(x), rtol=tolerance / 10, atol=tolerance)
+
+
+def test_settled_weights():
+    """It needs no device, on which alone it means something, and ends with its block, also in another thread's eyes."""
+    flags, weight, x = [], quantized(96, 128), normal(4, 128, dtype=torch.bfloat16)
+    want = torch.ops.gquant.linear_4bit(x, None, *weight)
+    with pytest.raises(KeyError), gquant.torch.settled_weights():
+        assert same(torch.ops.gquant.linear_4bit(x, None, *weight), want)
+        flags.append(ops._flags.get())
+        thread = threading.Thread(target=lambda: flags.append(ops._flags.get()))
+        thread.start()
+        thread.join()
+        raise KeyError
+    assert [*flags, ops._flags.get()] == [1, 0, 0]
 
 
 def test_refused():
