@@ -25,7 +25,6 @@ static DEVICE void barrier_wait(u32 barrier, u32 parity) {
 
 // A barrier of some of the CTA's threads.
 template <int ID> static DEVICE void group_sync(int threads) { asm volatile("bar.sync %0, %1;" ::"n"(ID), "r"(threads) : "memory"); }
-template <int ID> static DEVICE void group_arrive(int threads) { asm volatile("bar.arrive %0, %1;" ::"n"(ID), "r"(threads) : "memory"); }
 
 // ---- copies by a tensor map, which the driver has made (128 bytes, aligned to 64)
 

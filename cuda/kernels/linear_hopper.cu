@@ -401,7 +401,7 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
         if (lane == 0) arrive(x_empty + done.slot * 8);
         done.advance();
 
-        wait_for_kernel_before(); // which x did, too; it may read or write the workspace and y
+        wait_for_kernel_before(); // which may still use the workspace and y
         if (s.first + s.count < a.steps) {
             leave_partial<S>(a, sum);
             continue;

@@ -59,7 +59,7 @@ def measure():
     gquant.prepare(0)
     weight = torch.randn(ROWS, COLS, device="cuda").bfloat16()
     other, out = torch.randn_like(weight), torch.empty_like(weight)
-    x, many = (torch.randn(rows, COLS, device="cuda").bfloat16() for rows in (1, 65))  # the kernels take up to 64 rows
+    x, many = (torch.randn(rows, COLS, device="cuda").bfloat16() for rows in (1, 65))
     y = x.new_empty(1, ROWS)
     dequantize, op = gquant.torch.dequantize_4bit, torch.ops.gquant.dequantize_4bit.out
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "unit": "microseconds per call"}
@@ -81,7 +81,7 @@ def measure():
         result[f"gquant.torch.quantize_4bit, {name}"] = microseconds(lambda: gquant.torch.quantize_4bit(weight, compress_statistics=nested))
         with torch.no_grad():
             result[f"Linear4bit, {name}"] = microseconds(lambda: layer(x))
-            result[f"Linear4bit that decodes, {name}"] = microseconds(lambda: layer(many))
+            result[f"Linear4bit, 65 rows, {name}"] = microseconds(lambda: layer(many))
         linear = torch.ops.gquant.linear_4bit
         result[f"torch.ops.gquant.linear_4bit, {name}"] = microseconds(lambda: linear(x, None, *weights))
         result[f"torch.ops.gquant.linear_4bit.out, {name}"] = microseconds(lambda: linear.out(x, None, *weights, out=y))
