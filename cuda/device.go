@@ -27,6 +27,7 @@ type Device struct {
 	prepared  atomic.Bool
 	modules   map[string]unsafe.Pointer // by image, as far as loaded
 	functions []C.gq_function           // by kernel
+	clusters  [maxCluster + 1]int64     // that run at once, by their size, of a Hopper
 	tables    uint64                    // device memory: see table
 	table     *Table                    // of linear layers
 
@@ -142,11 +143,14 @@ func (d *Device) Prepare() error {
 			}
 		}
 	}
+	if err := d.countClusters(); err != nil {
+		return err
+	}
 	if err := d.makeTables(); err != nil {
 		return err
 	}
 	var err error
-	if d.table, err = findTable(int(d.about.major), int(d.about.minor)); err != nil {
+	if d.table, err = findTable(int(d.about.major), int(d.about.minor), C.GoString(&d.about.name[0])); err != nil {
 		return err
 	}
 	d.prepared.Store(true)

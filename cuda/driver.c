@@ -10,6 +10,7 @@ struct launch_attribute {
     char padding[4];
     union {
         int enabled;
+        unsigned size[3];
         char bytes[64];
     } value;
 };
@@ -44,6 +45,7 @@ struct tensor_map {
     F(ModuleGetFunction, cuModuleGetFunction, (gq_function *, void *, const char *))                                                 \
     F(FuncSetAttribute, cuFuncSetAttribute, (gq_function, int, int))                                                                 \
     F(LaunchKernelEx, cuLaunchKernelEx, (const struct launch *, gq_function, void **, void **))                                      \
+    F(OccupancyMaxActiveClusters, cuOccupancyMaxActiveClusters, (int *, gq_function, const struct launch *))                         \
     F(TensorMapEncodeTiled, cuTensorMapEncodeTiled,                                                                                  \
       (struct tensor_map *, int, unsigned, uint64_t, const uint64_t *, const uint64_t *, const unsigned *, const unsigned *, int, int, int, int)) \
     F(LaunchKernel, cuLaunchKernel,                                                                                                  \
@@ -70,6 +72,7 @@ enum {
     ATTRIBUTE_MULTIPROCESSORS = 16,
     ATTRIBUTE_SHARED_MEMORY_OPTIN = 97,
     FUNCTION_DYNAMIC_SHARED_MEMORY = 8,
+    LAUNCH_CLUSTER = 4,
     LAUNCH_PROGRAMMATIC_SERIALIZATION = 6,
     ATTRIBUTE_MAJOR = 75,
     ATTRIBUTE_MINOR = 76,
@@ -214,11 +217,18 @@ static int encode(struct tensor_map *map, const struct gq_cu_map *m) {
                                    m->swizzle == 64 ? MAP_SWIZZLE_64 : MAP_SWIZZLE_128, MAP_PROMOTE_256, MAP_PLAIN);
 }
 
-int gq_cu_launch_mapped(gq_context c, gq_function f, const struct gq_cu_map maps[2], uint32_t x, uint32_t threads, uint32_t shared, gq_stream stream, void *args) {
+int gq_cu_clusters(gq_context c, gq_function f, uint32_t cluster, uint32_t threads, uint32_t shared, int *clusters) {
+    struct launch_attribute attribute = {LAUNCH_CLUSTER, {0}, {.size = {cluster, 1, 1}}};
+    const struct launch launch = {{cluster, 1, 1}, {threads, 1, 1}, shared, NULL, &attribute, 1};
+    IN(c, OccupancyMaxActiveClusters(clusters, f, &launch));
+}
+
+int gq_cu_launch_mapped(gq_context c, gq_function f, const struct gq_cu_map maps[2], uint32_t x, uint32_t cluster, uint32_t threads, uint32_t shared, gq_stream stream,
+                        void *args) {
     struct tensor_map encoded[2];
     void *parameters[] = {&encoded[0], &encoded[1], args};
-    struct launch_attribute serialization = {LAUNCH_PROGRAMMATIC_SERIALIZATION, {0}, {1}};
-    const struct launch launch = {{x, 1, 1}, {threads, 1, 1}, shared, stream, &serialization, 1};
+    struct launch_attribute attributes[] = {{LAUNCH_PROGRAMMATIC_SERIALIZATION, {0}, {1}}, {LAUNCH_CLUSTER, {0}, {.size = {cluster, 1, 1}}}};
+    const struct launch launch = {{x, 1, 1}, {threads, 1, 1}, shared, stream, attributes, cluster > 1 ? 2 : 1};
     const int entered = gq_cu_enter(c);
     if (entered < 0) return -entered;
     int code = encode(&encoded[0], &maps[0]);

@@ -45,8 +45,11 @@ struct gq_cu_map {
     uint32_t box[3];
     int dimensions, element, swizzle;
 };
-// As gq_cu_launch_shared, early; the kernel takes two tensor maps before its args.
-int gq_cu_launch_mapped(gq_context c, gq_function f, const struct gq_cu_map maps[2], uint32_t x, uint32_t threads, uint32_t shared, gq_stream stream, void *args);
+// As gq_cu_launch_shared, early; the kernel takes two tensor maps before its args. x CTAs are in clusters of `cluster`.
+int gq_cu_launch_mapped(gq_context c, gq_function f, const struct gq_cu_map maps[2], uint32_t x, uint32_t cluster, uint32_t threads, uint32_t shared, gq_stream stream,
+                        void *args);
+// How many clusters of so many CTAs can run at once.
+int gq_cu_clusters(gq_context c, gq_function f, uint32_t cluster, uint32_t threads, uint32_t shared, int *clusters);
 
 int gq_cu_alloc(gq_context c, uint64_t bytes, uint64_t *address);
 int gq_cu_free(gq_context c, uint64_t address);

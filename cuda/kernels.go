@@ -76,7 +76,7 @@ func listKernels() []location {
 	// Of linear layers there is none for F32.
 	for d, name := range map[dtype.DType]string{dtype.F16: "f16", dtype.BF16: "bf16"} {
 		for i, tile := range hopperTiles {
-			list[(hopperFirst + kernel(3*i)).of(d)] = location{"linear_hopper", fmt.Sprintf("gq_linear_hopper_%s_%d", name, tile.tokens)}
+			list[(hopperFirst + kernel(3*i)).of(d)] = location{"linear_hopper", fmt.Sprintf("gq_linear_hopper_%s_%d_%d", name, tile.rows, tile.tokens)}
 		}
 		for i, k := range fewKernels {
 			plain := (fewFirst + kernel(6*i)).of(d)

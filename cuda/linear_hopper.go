@@ -3,29 +3,32 @@ package cuda
 // #include "driver.h"
 // #include "kernels/args.h"
 //
-// // The tokens of tile i and its kernel's shared memory; zeros behind the last.
-// struct tile { int tokens, shared; };
-// #define TILE(tokens, x, w, staged, entry) {tokens, GQ_HOPPER_SHARED(tokens, x, w, staged, entry)},
+// // The rows of W and tokens of tile i, its CTA's threads, and their shared memory; zeros behind the last.
+// struct tile { int rows, tokens, threads, shared; };
+// #define TILE(rows, tokens, ...) {rows, tokens, GQ_HOPPER_THREADS(rows), GQ_HOPPER_SHARED(rows, tokens, __VA_ARGS__)},
 // static inline struct tile hopper_tile(size_t i) {
-//     static const struct tile tiles[] = {GQ_HOPPER_TILES(TILE) {0, 0}};
+//     static const struct tile tiles[] = {GQ_HOPPER_TILES(TILE) {0, 0, 0, 0}};
 //     return tiles[i];
 // }
 import "C"
 
 import (
+	"cmp"
 	"crypto/rand"
 	"encoding/binary"
 	"fmt"
 	"slices"
 	"sync/atomic"
 	"unsafe"
+
+	"github.com/gquant/gquant/core/dtype"
 )
 
 // hopper is kernels/linear_hopper.cu, for any number of rows of x. Weights are value·absmax in the dtype of x, both factors rounded.
 type hopper struct{}
 
-// hopperTile is a kernel of it, for tiles of so many tokens, and a CTA's shared memory.
-type hopperTile struct{ tokens, shared int64 }
+// hopperTile is a kernel of it, by the rows of the weight and the tokens of a tile; threads of a CTA and bytes of their shared memory.
+type hopperTile struct{ rows, tokens, threads, shared int64 }
 
 var hopperTiles = func() (list []hopperTile) {
 	for i := C.size_t(0); ; i++ {
@@ -33,13 +36,36 @@ var hopperTiles = func() (list []hopperTile) {
 		if t.tokens == 0 {
 			return list
 		}
-		list = append(list, hopperTile{int64(t.tokens), int64(t.shared)})
+		list = append(list, hopperTile{int64(t.rows), int64(t.tokens), int64(t.threads), int64(t.shared)})
 	}
 }()
 
-// findHopperTile is the index of a tile; -1 if there is none, which no table names.
-func findHopperTile(tokens int64) int {
-	return slices.IndexFunc(hopperTiles, func(t hopperTile) bool { return t.tokens == tokens })
+// findHopperTile is the index of a way's tile; -1 if there is none, which no table names.
+func findHopperTile(way Way) int {
+	return slices.IndexFunc(hopperTiles, func(t hopperTile) bool { return t.rows == cmp.Or(way.Tall, usualRows) && t.tokens == way.Tokens })
+}
+
+// usualRows are those of a tile for which a way names none.
+const usualRows = 128
+
+// maxCluster is the most CTAs of a cluster: that many every device has.
+const maxCluster = 8
+
+// countClusters asks the driver how many clusters of each size can run at once. Every CTA has a multiprocessor of its own.
+func (d *Device) countClusters() error {
+	if !d.hasHopper() {
+		return nil
+	}
+	for size := 2; size <= maxCluster; size++ {
+		var count C.int
+		f := d.functions[hopperFirst.of(dtype.F16)]
+		code := C.gq_cu_clusters(d.context, f, C.uint32_t(size), C.uint32_t(hopperTiles[0].threads), C.uint32_t(hopperTiles[0].shared), &count)
+		if err := failed(code, "asking CUDA device %d how many clusters of %d it runs", d.Ordinal, size); err != nil {
+			return err
+		}
+		d.clusters[size] = int64(count)
+	}
+	return nil
 }
 
 // hasHopper says whether the device is one: its instructions are in no other architecture.
@@ -67,13 +93,23 @@ func (hopper) refused(d *Device, _ Way, w *Weight, l Linear) string {
 type hopperPlan struct {
 	tilesOfTokens, tiles, steps int64
 	dealt                       int64 // tiles that CTAs share by k
-	ctas                        int64
+	ctas, cluster               int64 // CTAs, and how many of them are a cluster
 	partial                     int64 // bytes of a CTA's partial sums
 }
 
 func (hopper) plan(d *Device, way Way, l Linear) hopperPlan {
-	p := hopperPlan{tilesOfTokens: ceilDiv(l.M, way.Tokens), steps: l.K / C.GQ_HOPPER_STEP, partial: way.Tokens * C.GQ_HOPPER_ROWS * 4}
-	p.tiles = ceilDiv(l.N, C.GQ_HOPPER_ROWS) * p.tilesOfTokens
+	t := hopperTiles[findHopperTile(way)]
+	p := hopperPlan{tilesOfTokens: ceilDiv(l.M, t.tokens), steps: l.K / C.GQ_HOPPER_STEP, partial: t.tokens * t.rows * 4}
+	p.tiles = ceilDiv(l.N, t.rows) * p.tilesOfTokens
+	// The sums of a cluster take the place of what its CTAs would read ahead, so it has one tile.
+	if p.cluster = min(way.Split, p.steps); p.cluster > 1 && p.tiles <= d.clusters[p.cluster] {
+		p.ctas = p.cluster * p.tiles
+		return p
+	}
+	if p.cluster > 1 { // a device with other clusters than the table's
+		way.Deal = 1
+	}
+	p.cluster = 1
 	sms := int64(d.about.multiprocessors)
 	p.ctas = min(sms, p.tiles)
 	if rest := p.tiles % sms; way.Deal > 0 && rest > 0 {
@@ -111,29 +147,31 @@ var launches = func() *atomic.Uint64 {
 }()
 
 func (h hopper) launch(d *Device, s Stream, way Way, w *Weight, l Linear) error {
-	if way.Deal > 0 && (l.WorkspaceBytes < h.plan(d, way, l).bytes() || l.Workspace%16 != 0) {
-		way.Deal = 0
-	}
 	p := h.plan(d, way, l)
-	index := findHopperTile(way.Tokens)
+	if bytes := p.bytes(); bytes > 0 && (l.WorkspaceBytes < bytes || l.Workspace%16 != 0) {
+		way.Deal, way.Split = 0, 0
+		p = h.plan(d, way, l)
+	}
+	index := findHopperTile(way)
+	t := hopperTiles[index]
 	args := C.struct_gq_hopper_args{
 		linear: d.linearArgs(w, l), partial: C.uint64_t(l.Workspace), flags: C.uint64_t(l.Workspace + uint64(p.ctas*p.partial)),
 		launch: C.uint64_t(nextLaunch()), tiles: C.uint32_t(p.tiles), tiles_of_tokens: C.uint32_t(p.tilesOfTokens), steps: C.uint32_t(p.steps),
-		dealt: C.uint32_t(p.dealt),
+		dealt: C.uint32_t(p.dealt), cluster: C.uint32_t(p.cluster),
 	}
 	n, k := C.uint64_t(l.N), C.uint64_t(l.K)
 	maps := [2]C.struct_gq_cu_map{
 		{ // even rows and odd ones
 			address: args.linear.weight.packed, dimensions: 3, element: 1, swizzle: 64,
-			sizes: [3]C.uint64_t{k / 2, n / 2, 2}, strides: [2]C.uint64_t{k, k / 2}, box: [3]C.uint32_t{64, C.GQ_HOPPER_ROWS / 2, 2},
+			sizes: [3]C.uint64_t{k / 2, n / 2, 2}, strides: [2]C.uint64_t{k, k / 2}, box: [3]C.uint32_t{64, C.uint32_t(t.rows / 2), 2},
 		},
 		{
 			address: args.linear.x, dimensions: 2, element: 2, swizzle: 128,
-			sizes: [3]C.uint64_t{k, C.uint64_t(l.M)}, strides: [2]C.uint64_t{2 * k}, box: [3]C.uint32_t{64, C.uint32_t(way.Tokens)},
+			sizes: [3]C.uint64_t{k, C.uint64_t(l.M)}, strides: [2]C.uint64_t{2 * k}, box: [3]C.uint32_t{64, C.uint32_t(t.tokens)},
 		},
 	}
 	number := (hopperFirst + kernel(3*index)).of(l.DType)
-	code := C.gq_cu_launch_mapped(d.context, d.functions[number], &maps[0], C.uint32_t(p.ctas), C.GQ_HOPPER_THREADS, C.uint32_t(hopperTiles[index].shared),
+	code := C.gq_cu_launch_mapped(d.context, d.functions[number], &maps[0], C.uint32_t(p.ctas), C.uint32_t(p.cluster), C.uint32_t(t.threads), C.uint32_t(t.shared),
 		s.handle(), unsafe.Pointer(&args))
 	return d.launched(number, code)
 }

@@ -75,7 +75,7 @@ func (d *Device) measureShape(ctx context.Context, n, k int64, every func(Timed)
 	for _, rows := range measuredRows {
 		m.layer.M = rows
 		best := Timed{Time: math.MaxInt64}
-		for _, way := range d.candidates(rows) {
+		for _, way := range d.candidates(rows, n) {
 			if err := ctx.Err(); err != nil {
 				return Tuned{}, err
 			}
@@ -134,12 +134,25 @@ func tried(way Way) linearKernel {
 	return linearKernels[way.Kernel]
 }
 
-// candidates are the ways that may be fast for so many rows of x.
-func (d *Device) candidates(rows int64) (list []Way) {
+// candidates are the ways that may be fast for so many rows of x, and n of the weight.
+func (d *Device) candidates(rows, n int64) (list []Way) {
 	list = append(list, Way{Kernel: "few"}, Way{Kernel: "tile"}, Way{Kernel: "decode"})
 	for _, t := range hopperTiles {
-		if t.tokens < 2*max(rows, 16) && (t.tokens >= 128 || t.tokens*8 >= rows) {
-			list = append(list, Way{Kernel: "hopper", Tokens: t.tokens}, Way{Kernel: "hopper", Tokens: t.tokens, Deal: 1}, Way{Kernel: "hopper", Tokens: t.tokens, Deal: 2})
+		if t.tokens >= 2*max(rows, 16) || t.tokens < 128 && t.tokens*8 < rows {
+			continue
+		}
+		way := Way{Kernel: "hopper", Tokens: t.tokens}
+		if t.rows != usualRows {
+			way.Tall = t.rows
+		}
+		for way.Deal = range 3 {
+			list = append(list, way)
+		}
+		way.Deal = 0
+		for way.Split = 2; way.Split <= maxCluster; way.Split++ {
+			if ceilDiv(n, t.rows)*ceilDiv(rows, t.tokens) <= d.clusters[way.Split] {
+				list = append(list, way)
+			}
 		}
 	}
 	return list
@@ -166,7 +179,7 @@ func (m *measured) allocate() (err error) {
 	most := slices.Max(measuredRows)
 	m.layer.X, m.layer.Y = alloc(2*most*k), alloc(2*most*n)
 	for _, m.layer.M = range measuredRows {
-		for _, way := range d.candidates(m.layer.M) {
+		for _, way := range d.candidates(m.layer.M, n) {
 			m.layer.WorkspaceBytes = max(m.layer.WorkspaceBytes, tried(way).workspace(d, way, m.layer))
 		}
 	}

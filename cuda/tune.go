@@ -2,9 +2,11 @@ package cuda
 
 import (
 	"bytes"
+	"cmp"
 	"embed"
 	"encoding/json"
 	"fmt"
+	"io/fs"
 	"math"
 	"os"
 )
@@ -14,7 +16,23 @@ type Way struct {
 	Rows   int64  `json:"rows"`             // up to so many rows of x
 	Kernel string `json:"kernel"`           // "few", "tile", "hopper", or "decode": decode the weight and multiply by a BLAS
 	Tokens int64  `json:"tokens,omitempty"` // of a tile, where the kernel has several
+	Tall   int64  `json:"tall,omitempty"`   // rows of the weight in a tile, where they are not the usual ones
 	Deal   int    `json:"deal,omitempty"`   // waves of tiles, the last of them not full, that are dealt out by k
+	Split  int64  `json:"split,omitempty"`  // CTAs of a cluster that share the k of a tile
+}
+
+// String names the way, without its number of rows.
+func (w Way) String() string {
+	s := w.Kernel
+	for _, part := range []struct {
+		format string
+		n      int64
+	}{{", %d tokens", w.Tokens}, {", %d rows of the weight", w.Tall}, {", %d waves dealt out", int64(w.Deal)}, {", split by %d", w.Split}} {
+		if part.n != 0 {
+			s += fmt.Sprintf(part.format, part.n)
+		}
+	}
+	return s
 }
 
 // Tuned is what was fastest for a weight of N rows of K elements, by rows of x. Beyond the last one it is "decode".
@@ -38,15 +56,30 @@ var tables embed.FS
 // TuneVariable names the environment variable with the path of a table that is used instead.
 const TuneVariable = "GQUANT_TUNE"
 
-// findTable reads the table of an architecture.
-func findTable(major, minor int) (*Table, error) {
-	name := fmt.Sprintf("tune/sm_%d%d.json", major, minor)
-	text, err := tables.ReadFile(name)
+// findTable reads the table for a device: what was measured on one of its name, else on one of its architecture.
+func findTable(major, minor int, device string) (*Table, error) {
+	arch := fmt.Sprintf("tune/sm_%d%d", major, minor)
+	names, err := fs.Glob(tables, arch+"*.json")
 	if err != nil {
-		name = "tune/default.json"
-		if text, err = tables.ReadFile(name); err != nil {
+		return nil, err
+	}
+	name := "tune/default.json"
+	for _, n := range names {
+		text, err := tables.ReadFile(n)
+		if err != nil {
 			return nil, err
 		}
+		t, err := readTable(text, n)
+		if err != nil {
+			return nil, err
+		}
+		if n == arch+".json" && name == "tune/default.json" || t.Device == device {
+			name = n
+		}
+	}
+	text, err := tables.ReadFile(name)
+	if err != nil {
+		return nil, err
 	}
 	if path := os.Getenv(TuneVariable); path != "" {
 		name = TuneVariable + "=" + path
@@ -79,11 +112,14 @@ func (t *Table) check(name string) error {
 			if linearKernels[w.Kernel] == nil && w.Kernel != "decode" {
 				return fmt.Errorf("%s: %d×%d, up to %d rows: there is no kernel %q", name, s.N, s.K, w.Rows, w.Kernel)
 			}
-			if w.Kernel == "hopper" && findHopperTile(w.Tokens) < 0 {
-				return fmt.Errorf("%s: %d×%d, up to %d rows: there is no kernel for tiles of %d tokens", name, s.N, s.K, w.Rows, w.Tokens)
+			if w.Kernel == "hopper" && findHopperTile(w) < 0 {
+				return fmt.Errorf("%s: %d×%d, up to %d rows: there is no kernel for tiles of %d tokens and %d rows of the weight", name, s.N, s.K, w.Rows, w.Tokens, cmp.Or(w.Tall, usualRows))
 			}
 			if w.Deal < 0 {
 				return fmt.Errorf("%s: %d×%d, up to %d rows: deal is %d", name, s.N, s.K, w.Rows, w.Deal)
+			}
+			if w.Split < 0 || w.Split > maxCluster {
+				return fmt.Errorf("%s: %d×%d, up to %d rows: split is %d", name, s.N, s.K, w.Rows, w.Split)
 			}
 			least := int64(0)
 			if i > 0 {

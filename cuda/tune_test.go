@@ -21,8 +21,13 @@ func TestTables(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	for device, want := range map[string]string{"NVIDIA H200": "NVIDIA H200", "NVIDIA H100 PCIe": "NVIDIA H100 80GB HBM3"} {
+		if table, err := findTable(9, 0, device); err != nil || table.Device != want {
+			t.Errorf("%s has the table of %v (%v)", device, table, err)
+		}
+	}
 	for _, arch := range [][2]int{{9, 0}, {8, 6}, {99, 9}} {
-		table, err := findTable(arch[0], arch[1])
+		table, err := findTable(arch[0], arch[1], "")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -70,8 +75,10 @@ func TestTableOfVariable(t *testing.T) {
 		`{"shapes": [{"n": 1, "k": 1, "ways": [{"rows": 1, "kernel": "fast"}]}]}`:                               `no kernel "fast"`,
 		`{"shapes": [{"n": 1, "k": 1, "ways": [{"rows": 2, "kernel": "few"}, {"rows": 2, "kernel": "tile"}]}]}`: "behind",
 		`{"shapes": [{"n": 1, "k": 1, "ways": [{"rows": 0, "kernel": "few"}]}]}`:                                "up to 0",
-		`{"shapes": [{"n": 1, "k": 1, "ways": [{"rows": 1, "kernel": "hopper", "tokens": 48}]}]}`:               "tiles of 48 tokens",
+		`{"shapes": [{"n": 1, "k": 1, "ways": [{"rows": 1, "kernel": "hopper", "tokens": 48}]}]}`:               "tiles of 48 tokens and 128 rows",
 		`{"shapes": [{"n": 1, "k": 1, "ways": [{"rows": 1, "kernel": "hopper", "tokens": 64, "deal": -1}]}]}`:   "deal is -1",
+		`{"shapes": [{"n": 1, "k": 1, "ways": [{"rows": 1, "kernel": "hopper", "tokens": 64, "split": 9}]}]}`:   "split is 9",
+		`{"shapes": [{"n": 1, "k": 1, "ways": [{"rows": 1, "kernel": "hopper", "tokens": 256, "tall": 192}]}]}`: "tiles of 256 tokens and 192 rows",
 		`{"shapes": [{"n": 1, "k": 1, "way": []}]}`:                                                             "unknown field",
 	} {
 		if text != "" {
@@ -79,7 +86,7 @@ func TestTableOfVariable(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		_, err := findTable(9, 0)
+		_, err := findTable(9, 0, "")
 		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), path) {
 			t.Errorf("%s: %v, want %q and the path", text, err, want)
 		}

@@ -36,7 +36,7 @@ func tuneCommand() *cobra.Command {
 			table, err := d.Measure(c.Context(), func(t cuda.Timed) {
 				all = append(all, t)
 				if !asJSON {
-					fmt.Fprintf(c.OutOrStdout(), "%6d×%-6d %5d rows  %-7s %4d tokens, %d waves dealt out  %9.2f µs\n", t.N, t.K, t.Rows, t.Kernel, t.Tokens, t.Deal, float64(t.Time)/1e3)
+					fmt.Fprintf(c.OutOrStdout(), "%6d×%-6d %5d rows  %9.2f µs  %v\n", t.N, t.K, t.Rows, float64(t.Time)/1e3, t.Way)
 				}
 			})
 			if err != nil {

@@ -78,32 +78,34 @@ struct gq_linear_tile_args {
     int32_t depth;
 };
 
-// The same for many tokens on Hopper, in tiles of GQ_HOPPER_ROWS rows of W and some tokens: tile i has rows from i / tiles_of_tokens ·
-// GQ_HOPPER_ROWS on and tokens from i % tiles_of_tokens · tokens on, and `steps` steps along k. k is a multiple of GQ_HOPPER_STEP and the blocksize.
-enum {
-    GQ_HOPPER_ROWS = 128,
-    GQ_HOPPER_STEP = 128,
-    GQ_HOPPER_THREADS = 384,
-};
+// The same for many tokens on Hopper, in tiles of some rows of W and some tokens: tile i has rows from i / tiles_of_tokens · rows on and tokens from
+// i % tiles_of_tokens · tokens on, and `steps` steps along k. k is a multiple of GQ_HOPPER_STEP and the blocksize.
+enum { GQ_HOPPER_STEP = 128 };
 struct gq_hopper_args {
     struct gq_linear_args linear;
     uint64_t partial, flags; // for tiles that are dealt out: per CTA the sums of a tile in float32, and a uint64
     uint64_t launch;         // a number that no launch before had, and memory is unlikely to have
     uint32_t tiles, tiles_of_tokens, steps;
-    uint32_t dealt; // tiles that CTAs share by k, the first
+    uint32_t dealt;   // tiles that CTAs share by k, the first
+    uint32_t cluster; // CTAs of a cluster; if there are more than one, they share a tile, and none is dealt out
 };
-// The kernels: tokens of a tile, slots of x (64 elements of k) and of W (a step), tokens of y that are staged at a time, bytes of an entry of the table.
-#define GQ_HOPPER_TILES(TILE)  \
-    TILE(16, 8, 8, 16, 256)    \
-    TILE(32, 8, 8, 32, 256)    \
-    TILE(64, 8, 7, 64, 256)    \
-    TILE(96, 6, 6, 96, 256)    \
-    TILE(128, 5, 5, 64, 256)   \
-    TILE(192, 4, 4, 64, 256)   \
-    TILE(256, 4, 4, 64, 128)
-#define GQ_HOPPER_SHARED(tokens, x, w, staged, entry)                                                                                  \
-    ((x) * (tokens) * 128 + (w) * GQ_HOPPER_ROWS * (GQ_HOPPER_STEP / 2 + GQ_HOPPER_STEP / 8) + (staged) * (GQ_HOPPER_ROWS * 2 + 16) + \
-     256 * (entry) + ((x) + (w)) * 16)
+// The kernels: rows of W in a tile, each 64 for a warpgroup; tokens of it; slots of x (64 elements of k) and of W (a step); tokens of y that are staged at a
+// time; bytes of an entry of the table. A CTA has 128 threads more than two for each row.
+#define GQ_HOPPER_TILES(TILE)     \
+    TILE(128, 16, 8, 8, 16, 256)  \
+    TILE(128, 32, 8, 8, 32, 256)  \
+    TILE(128, 64, 8, 7, 64, 256)  \
+    TILE(128, 96, 6, 6, 96, 256)  \
+    TILE(128, 128, 5, 5, 64, 256) \
+    TILE(128, 192, 4, 4, 64, 256) \
+    TILE(128, 256, 4, 4, 64, 128) \
+    TILE(192, 32, 8, 6, 32, 256)  \
+    TILE(192, 64, 8, 4, 64, 256)  \
+    TILE(192, 96, 6, 4, 32, 256)
+#define GQ_HOPPER_THREADS(rows) (2 * (rows) + 128)
+#define GQ_HOPPER_SHARED(rows, tokens, x, w, staged, entry)                                                                               \
+    ((x) * (tokens) * 128 + (w) * (rows) * (GQ_HOPPER_STEP / 2 + GQ_HOPPER_STEP / 8) + (staged) * ((rows) * 2 + 16) + 256 * (entry) + \
+     ((x) + (w) + 1) * 16)
 
 // Every row of y [m, n] becomes bias [n].
 struct gq_bias_args {

@@ -10,18 +10,33 @@ static DEVICE void barrier_init(u32 barrier, u32 arrivals) {
 }
 static DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 static DEVICE void arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+// A warp's arrivals, behind all that its lanes did: one, but racecheck follows only what each thread does itself.
+#ifdef GQ_RACECHECK
+static constexpr int WARP_ARRIVALS = 32;
+static DEVICE void arrive_together(u32 barrier) { arrive(barrier); }
+#else
+static constexpr int WARP_ARRIVALS = 1;
+static DEVICE void arrive_together(u32 barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(barrier);
+}
+#endif
 static DEVICE void arrive_expecting(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 // Waits for the end of the phase with this parity; the phase before the first counts as one of parity 1.
-static DEVICE void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile("{\n"
-                 ".reg .pred ended;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
-                 "@!ended bra again;\n"
-                 "}" ::"r"(barrier), "r"(parity) : "memory");
-}
+#define BARRIER_WAIT(name, order)                                                                    \
+    static DEVICE void name(u32 barrier, u32 parity) {                                               \
+        asm volatile("{\n"                                                                           \
+                     ".reg .pred ended;\n"                                                           \
+                     "again:\n"                                                                      \
+                     "mbarrier.try_wait.parity" order ".shared::cta.b64 ended, [%0], %1;\n"          \
+                     "@!ended bra again;\n"                                                          \
+                     "}" ::"r"(barrier), "r"(parity) : "memory");                                    \
+    }
+BARRIER_WAIT(barrier_wait, "")
+BARRIER_WAIT(barrier_wait_cluster, ".acquire.cluster") // for what other CTAs of the cluster did
+#undef BARRIER_WAIT
 
 // A barrier of some of the CTA's threads.
 template <int ID> static DEVICE void group_sync(int threads) { asm volatile("bar.sync %0, %1;" ::"n"(ID), "r"(threads) : "memory"); }
@@ -44,6 +59,25 @@ static DEVICE void copy_box(u32 to, const TensorMap *map, int x, int y, int z, u
 }
 static DEVICE void prefetch_box(const TensorMap *map, int x, int y, int z) {
     asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z) : "memory");
+}
+
+// ---- clusters: CTAs that run at the same time and reach each other's shared memory
+
+// All threads of a cluster that have not ended arrive, and may wait until all have.
+static DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+static DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// What has this address here, in the CTA of that rank.
+static DEVICE u32 remote(u32 address, u32 rank) {
+    u32 r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(rank));
+    return r;
+}
+// 16 bytes into a CTA, a barrier of which counts them.
+static DEVICE void store_remote(u32 to, float a, float b, float c, float d, u32 barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "f"(a), "f"(b), "f"(c),
+                 "f"(d), "r"(barrier)
+                 : "memory");
 }
 
 // ---- wgmma: d += a · b, a is 64×16 in registers (rows 16w … 16w+15 in warp w, as in mma.m16n8k16), b is 16×N in shared memory, where

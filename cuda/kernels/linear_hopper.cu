@@ -1,27 +1,29 @@
 // y = x · Wᵀ + bias for many tokens on Hopper, W packed in 4 bits and read as it lies in memory.
 //
-// A CTA makes tiles of 128 rows of W times TOKENS tokens. The decoded weights are wgmma's operand in registers, 64 rows for each of two
-// warpgroups; x is the operand in shared memory, where tensor copies put it. In that operand thread t of a quad has byte t of each word of a
-// row, so the quad reads the same 16 bytes, and one PRMT takes the byte and makes the table's address of it. Rows 2g and 2g + 1 of W are
-// rows g and g + 8 of the operand (the tensor map splits rows by parity), so that two sums are one store.
+// A CTA makes tiles of ROWS rows of W times TOKENS tokens. The decoded weights are wgmma's operand in registers, 64 rows for each warpgroup; x is
+// the operand in shared memory, where tensor copies put it. In that operand thread t of a quad has byte t of each word of a row, so the quad
+// reads the same 16 bytes, and one PRMT takes the byte and makes the table's address of it. Rows 2g and 2g + 1 of W are rows g and g + 8 of the
+// operand (the tensor map splits rows by parity), so that two sums are one store.
 //
-// The two warpgroups decode under the products of the k before, for which they have two sets of registers. Behind them come four warps
-// that are some steps of k ahead: one copies W, one x, two make scales of absmax.
+// The warpgroups decode under the products of the k before, for which they have two sets of registers. Behind them come four warps that are some
+// steps of k ahead: one copies W, one x, two make scales of absmax.
 //
 // Tiles that would not fill the GPU's last wave are dealt out by k (stream-K): each CTA has an equal share of their steps, those that end within a
 // tile leave partial sums, and the CTA with the tile's last step adds them, in a fixed order. It waits for CTAs with lower numbers only.
+// Or a cluster has a tile: its CTAs have equal parts of the steps, and each adds a part of the sums, which the others put into its shared memory.
 #include "hopper.cuh"
 #include "linear.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
 
-static constexpr int ROWS = GQ_HOPPER_ROWS, STEP = GQ_HOPPER_STEP; // of W in a tile; elements of k in a step
-static constexpr int MULTIPLIERS = GQ_HOPPER_THREADS - 128;
-static constexpr int MANY_REGISTERS = 224, FEW_REGISTERS = 56; // of threads that multiply, and of the others: together what the launch gave
+static constexpr int STEP = GQ_HOPPER_STEP; // elements of k
 
 // What a kernel is made for, and its shared memory, from an address that is a multiple of 1024 on.
-template <int TOKENS_, int X_SLOTS_, int W_SLOTS_, int STAGED_, int ENTRY_> struct Shape {
+template <int ROWS_, int TOKENS_, int X_SLOTS_, int W_SLOTS_, int STAGED_, int ENTRY_> struct Shape {
     static constexpr int TOKENS = TOKENS_, X_SLOTS = X_SLOTS_, W_SLOTS = W_SLOTS_, STAGED = STAGED_, ENTRY = ENTRY_;
+    static constexpr int ROWS = ROWS_, WARPS = ROWS / 16, THREADS = 32 * WARPS; // of W in a tile; that multiply
+    // Registers of threads that multiply, and of the others: together what the launch gave.
+    static constexpr int MANY_REGISTERS = ROWS == 128 ? 224 : 152, FEW_REGISTERS = 56;
     static constexpr int X_SLOT = TOKENS * 128;                  // 64 elements of each token
     static constexpr int W_SLOT = ROWS * STEP / 2;               // rows of 64 bytes, the even ones first
     static constexpr int SCALE_SLOT = ROWS * STEP / 64 * 8;      // a Scale for each row and 64 elements, in the same order
@@ -30,9 +32,13 @@ template <int TOKENS_, int X_SLOTS_, int W_SLOTS_, int STAGED_, int ENTRY_> stru
     static constexpr int SCALES = W + W_SLOTS * W_SLOT;
     static constexpr int Y = SCALES + W_SLOTS * SCALE_SLOT;      // STAGED tokens of y
     static constexpr int TABLE = Y + STAGED * Y_STRIDE;
-    static constexpr int BARRIERS = TABLE + 256 * ENTRY;         // of x: full, empty; of W: full, empty
-    static constexpr int BYTES = BARRIERS + (X_SLOTS + W_SLOTS) * 16;
-    static_assert(BYTES == GQ_HOPPER_SHARED(TOKENS, X_SLOTS, W_SLOTS, STAGED, ENTRY) && BYTES <= 232448, "");
+    static constexpr int BARRIERS = TABLE + 256 * ENTRY;         // of x: full, empty; of W: full, empty; of a cluster's sums
+    static constexpr int BYTES = BARRIERS + (X_SLOTS + W_SLOTS + 1) * 16;
+    static_assert(ROWS == 128 || ROWS == 192, "");
+    static_assert(BYTES == GQ_HOPPER_SHARED(ROWS, TOKENS, X_SLOTS, W_SLOTS, STAGED, ENTRY) && BYTES <= 232448, "");
+    // A cluster's sums take the place of x and W: in units, the 16 rows of W and 8 tokens of a warp's sum[4j … 4j+3].
+    static constexpr int UNIT = 512, UNITS = TOKENS / 8 * WARPS;
+    static_assert((UNITS + 7) * UNIT <= Y, "");
 };
 
 // A place in a ring, and the parity of the phase that a barrier of it is in.
@@ -51,11 +57,13 @@ struct Segment {
     u32 tile, first, count;
 };
 
-// A CTA's segments: its share of the tiles that are dealt out by k, from the last to the first, then whole tiles.
+// A CTA's segments: its share of the tiles that are dealt out by k, from the last to the first, then whole tiles, or its part of a cluster's.
 struct Work {
     const gq_hopper_args &a;
-    u32 end, whole;
-    DEVICE Work(const gq_hopper_args &args) : a(args), end(share(args, blockIdx.x + 1)), whole(args.dealt + blockIdx.x) {}
+    u32 end, whole, first, behind;
+    DEVICE Work(const gq_hopper_args &args)
+        : a(args), end(share(args, blockIdx.x + 1)), whole(args.dealt + blockIdx.x / a.cluster), first(a.steps * (blockIdx.x % a.cluster) / a.cluster),
+          behind(a.steps * (blockIdx.x % a.cluster + 1) / a.cluster) {}
     // The first step of a CTA, over all tiles that are dealt out.
     static DEVICE u32 share(const gq_hopper_args &a, u32 cta) { return (u32)((uint64_t)a.dealt * a.steps * cta / gridDim.x); }
     DEVICE bool next(Segment &s) {
@@ -68,16 +76,16 @@ struct Work {
             return true;
         }
         if (whole >= a.tiles) return false;
-        s = {whole, 0, a.steps};
-        whole += gridDim.x;
+        s = {whole, first, behind - first};
+        whole += gridDim.x / a.cluster;
         return true;
     }
 };
 
 // ---- scales: absmax / factor
 
-template <class T, bool NESTED> struct Scales {
-    static constexpr int EACH = ROWS / 32;
+template <class T, class S, bool NESTED> struct Scales {
+    static constexpr int EACH = S::ROWS / 32;
     float2 absmax[EACH]; // of both blocks; nested: .x is that of the block's absmax
     u32 codes[EACH];
 
@@ -116,19 +124,19 @@ template <class T, bool NESTED> struct Scales {
                 v.y = nested_absmax(__ldg(codebook + (codes[i] >> 8)), outer, offset);
             }
             const Scale<T> first(v.x * scale), second(v.y * scale);
-            *(uint4 *)(to + ((row(i) & 1) * (ROWS / 2) + row(i) / 2) * 16) = make_uint4(first.high, first.low, second.high, second.low);
+            *(uint4 *)(to + ((row(i) & 1) * (S::ROWS / 2) + row(i) / 2) * 16) = make_uint4(first.high, first.low, second.high, second.low);
         }
     }
 };
 
 // Brings the scales of the CTA's first step into L2.
-static DEVICE void prefetch_scales(const gq_hopper_args &a) {
+template <class S> static DEVICE void prefetch_scales(const gq_hopper_args &a) {
     Work work(a);
     Segment s;
     if (!work.next(s)) return;
     const gq_weight &w = a.linear.weight;
-    for (u32 i = threadIdx.x % 64; i < ROWS; i += 64) {
-        const u32 row = min(s.tile / a.tiles_of_tokens * ROWS + i, (u32)a.linear.n - 1);
+    for (u32 i = threadIdx.x % 64; i < S::ROWS; i += 64) {
+        const u32 row = min(s.tile / a.tiles_of_tokens * S::ROWS + i, (u32)a.linear.n - 1);
         const u32 block = row * (u32)(a.linear.k >> w.log2) + (s.first * STEP >> w.log2);
         asm volatile("prefetch.global.L2 [%0];" ::"l"(w.absmax + (uint64_t)block * (w.nested_absmax ? 1 : 4)));
     }
@@ -139,16 +147,15 @@ template <class T, class S, bool NESTED> static DEVICE void make_scales(const gq
     const float scale = 1 / table_factor(T(), a.linear.weight.format), offset = NESTED ? __ldg(pointer<const float>(a.linear.weight.offset)) : 0;
     Work work(a);
     Segment s;
-    Scales<T, NESTED> scales;
+    Scales<T, S, NESTED> scales;
     u32 step = half; // of the segment
     for (u32 number = half; work.next(s);) {
         for (; step < s.count; step += 2, number += 2) {
-            scales.load(a, s.tile / a.tiles_of_tokens * ROWS, s.first + step);
+            scales.load(a, s.tile / a.tiles_of_tokens * S::ROWS, s.first + step);
             const u32 slot = number % S::W_SLOTS;
             barrier_wait(empty + slot * 8, number / S::W_SLOTS & 1 ^ 1);
             scales.store(a, shared + S::SCALES + slot * S::SCALE_SLOT, offset, scale);
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) arrive(full + slot * 8);
+            arrive_together(full + slot * 8);
         }
         step -= s.count;
     }
@@ -158,10 +165,10 @@ template <class T, class S, bool NESTED> static DEVICE void make_scales(const gq
 
 // Writes this CTA's sums where the tile's last CTA finds them.
 template <class S> static DEVICE void leave_partial(const gq_hopper_args &a, const float (&sum)[S::TOKENS / 2]) {
-    float4 *to = pointer<float4>(a.partial) + (int64_t)blockIdx.x * (S::TOKENS / 8) * MULTIPLIERS + threadIdx.x;
+    float4 *to = pointer<float4>(a.partial) + (int64_t)blockIdx.x * (S::TOKENS / 8) * S::THREADS + threadIdx.x;
 #pragma unroll
-    for (int j = 0; j < S::TOKENS / 8; j++) __stcg(to + j * MULTIPLIERS, make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
-    group_sync<1>(MULTIPLIERS);
+    for (int j = 0; j < S::TOKENS / 8; j++) __stcg(to + j * S::THREADS, make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
+    group_sync<1>(S::THREADS);
     if (threadIdx.x == 0)
         asm volatile("fence.acq_rel.gpu; st.release.gpu.global.u64 [%0], %1;" ::"l"(a.flags + blockIdx.x * 8), "l"(a.launch) : "memory");
 }
@@ -181,7 +188,7 @@ template <class S> static DEVICE void add_partials(const gq_hopper_args &a, floa
             asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"((uint64_t)0) : "memory");
         }
     }
-    group_sync<1>(MULTIPLIERS);
+    group_sync<1>(S::THREADS);
     // LOADS at a time are under way: of JS sums by 4, and of so many CTAs.
     constexpr int LOADS = 16, J = S::TOKENS / 8, JS = J < 8 ? J : 8, CTAS = LOADS / JS;
 #pragma unroll
@@ -192,9 +199,9 @@ template <class S> static DEVICE void add_partials(const gq_hopper_args &a, floa
             for (int i = 0; i < CTAS; i++) {
                 const u32 other = blockIdx.x - min(i0 + i, count);
                 const bool has = i0 + i <= count && Work::share(a, other) < Work::share(a, other + 1);
-                const float4 *from = pointer<const float4>(a.partial) + ((int64_t)other * J + j0) * MULTIPLIERS + threadIdx.x;
+                const float4 *from = pointer<const float4>(a.partial) + ((int64_t)other * J + j0) * S::THREADS + threadIdx.x;
 #pragma unroll
-                for (int j = 0; j < JS; j++) v[i][j] = has ? __ldcg(from + j * MULTIPLIERS) : make_float4(0, 0, 0, 0);
+                for (int j = 0; j < JS; j++) v[i][j] = has ? __ldcg(from + j * S::THREADS) : make_float4(0, 0, 0, 0);
             }
 #pragma unroll
             for (int i = 0; i < CTAS; i++) {
@@ -211,9 +218,57 @@ template <class S> static DEVICE void add_partials(const gq_hopper_args &a, floa
     }
 }
 
+// Announces the sums that come to this CTA of a cluster.
+template <class S> static DEVICE void expect_sums(const gq_hopper_args &a, u32 barrier) {
+    const u32 units = (S::UNITS - blockIdx.x % a.cluster + a.cluster - 1) / a.cluster;
+    arrive_expecting(barrier, a.cluster * units * S::UNIT);
+}
+
+// Gives each CTA of a cluster its part of the sums of their tile, adds the own part in the order of the CTAs and writes it. Units are dealt out one by one.
+template <class T, class S> static DEVICE void gather(const gq_hopper_args &a, const float (&sum)[S::TOKENS / 2], u32 tile, u8 *shared, u32 barrier) {
+    const u32 split = a.cluster, rank = blockIdx.x % split, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    cluster_arrive();
+    cluster_wait(); // all have done with x and W
+    const u32 sums = shared_address(shared) + rank * S::UNIT + lane * 16;
+    u32 owner = warp % split, place = warp / split;
+#pragma unroll
+    for (int j = 0; j < S::TOKENS / 8; j++) {
+        store_remote(remote(sums + place * split * S::UNIT, owner), sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3], remote(barrier, owner));
+        owner += S::WARPS % split;
+        place += S::WARPS / split;
+        if (owner >= split) {
+            owner -= split;
+            place++;
+        }
+    }
+    barrier_wait_cluster(barrier, 0);
+    wait_for_kernel_before(); // which may still use y
+    const u32 first_row = tile / a.tiles_of_tokens * S::ROWS;
+    const int64_t first_token = (int64_t)(tile % a.tiles_of_tokens) * S::TOKENS;
+    for (u32 i = warp; i * split + rank < S::UNITS; i += S::WARPS) {
+        const u8 *from = shared + i * split * S::UNIT + lane * 16;
+        float4 v = *(const float4 *)from;
+        for (u32 r = 1; r < split; r++) {
+            const float4 w = *(const float4 *)(from + r * S::UNIT);
+            v.x += w.x;
+            v.y += w.y;
+            v.z += w.z;
+            v.w += w.w;
+        }
+        const u32 unit = i * split + rank, row = first_row + unit % S::WARPS * 16 + lane / 4 * 2;
+        const int64_t token = first_token + unit / S::WARPS * 8 + lane % 4 * 2;
+        if (row >= a.linear.n) continue; // n is even
+        const u32 bias = a.linear.bias ? __ldg(pointer<const u16>(a.linear.bias) + row) | __ldg(pointer<const u16>(a.linear.bias) + row + 1) << 16 : 0;
+        const float even = a.linear.bias ? T::widen((u16)bias) : 0, odd = a.linear.bias ? T::widen((u16)(bias >> 16)) : 0;
+        u16 *y = pointer<u16>(a.linear.y) + token * a.linear.n + row;
+        if (token < a.linear.m) *(u32 *)y = T::narrow2(v.x + even, v.z + odd);
+        if (token + 1 < a.linear.m) *(u32 *)(y + a.linear.n) = T::narrow2(v.y + even, v.w + odd);
+    }
+}
+
 // Writes a tile of y, some tokens at a time by way of shared memory, so that a token's rows are written together.
 template <class T, class S> static DEVICE void write(const gq_hopper_args &a, const float (&sum)[S::TOKENS / 2], u32 tile, u8 *staged, u32 row) {
-    const u32 first_row = tile / a.tiles_of_tokens * ROWS, t = threadIdx.x % 4;
+    const u32 first_row = tile / a.tiles_of_tokens * S::ROWS, t = threadIdx.x % 4;
     const int64_t first_token = (int64_t)(tile % a.tiles_of_tokens) * S::TOKENS;
     float bias[2] = {0, 0};
     if (a.linear.bias) {
@@ -224,7 +279,7 @@ template <class T, class S> static DEVICE void write(const gq_hopper_args &a, co
 #pragma unroll
     for (int q = 0; q < S::TOKENS / S::STAGED; q++) {
         if (first_token + q * S::STAGED >= a.linear.m) break;
-        group_sync<1>(MULTIPLIERS);
+        group_sync<1>(S::THREADS);
 #pragma unroll
         for (int j = 0; j < S::STAGED / 8; j++) {
             const float *v = sum + 4 * (q * S::STAGED / 8 + j);
@@ -232,10 +287,10 @@ template <class T, class S> static DEVICE void write(const gq_hopper_args &a, co
             *(u32 *)to = T::narrow2(v[0] + bias[0], v[2] + bias[1]);
             *(u32 *)(to + S::Y_STRIDE) = T::narrow2(v[1] + bias[0], v[3] + bias[1]);
         }
-        group_sync<1>(MULTIPLIERS);
-        constexpr int PIECES = ROWS / 8; // of 16 bytes in a token's rows
+        group_sync<1>(S::THREADS);
+        constexpr int PIECES = S::ROWS / 8; // of 16 bytes in a token's rows
 #pragma unroll 1
-        for (int i = threadIdx.x; i < S::STAGED * PIECES; i += MULTIPLIERS) {
+        for (int i = threadIdx.x; i < S::STAGED * PIECES; i += S::THREADS) {
             const int64_t token = first_token + q * S::STAGED + i / PIECES;
             const u32 column = first_row + i % PIECES * 8;
             if (token < a.linear.m && column < a.linear.n)
@@ -251,24 +306,28 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
     const int thread = threadIdx.x;
     const u32 base = (u32)__cvta_generic_to_shared(shared);
     const u32 x_full = base + S::BARRIERS, x_empty = x_full + S::X_SLOTS * 8, w_full = x_empty + S::X_SLOTS * 8, w_empty = w_full + S::W_SLOTS * 8;
+    const u32 sums_full = w_empty + S::W_SLOTS * 8;
+    const bool splits = a.cluster > 1; // tiles
     if (thread == 0) {
         for (int i = 0; i < S::X_SLOTS; i++) {
             barrier_init(x_full + i * 8, 1);
-            barrier_init(x_empty + i * 8, MULTIPLIERS / 32);
+            barrier_init(x_empty + i * 8, S::WARPS);
         }
         for (int i = 0; i < S::W_SLOTS; i++) {
-            barrier_init(w_full + i * 8, 2); // the copy and the scales
-            barrier_init(w_empty + i * 8, MULTIPLIERS / 32);
+            barrier_init(w_full + i * 8, 1 + WARP_ARRIVALS); // the copy and the scales
+            barrier_init(w_empty + i * 8, S::WARPS * WARP_ARRIVALS);
         }
+        barrier_init(sums_full, 1);
         publish_barriers();
+        if (splits) expect_sums<S>(a, sums_full);
     }
     __syncthreads();
-    if (thread >= MULTIPLIERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
-        const int warp = thread / 32 - MULTIPLIERS / 32;
+    if (thread >= S::THREADS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::FEW_REGISTERS));
+        const int warp = thread / 32 - S::WARPS;
         if (warp >= 2) {
             if (!is_settled(a.linear)) {
-                prefetch_scales(a);
+                prefetch_scales<S>(a);
                 wait_for_kernel_before();
             }
             if (a.linear.weight.nested_absmax)
@@ -283,7 +342,7 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
                 if (!is_settled(a.linear)) {
                     if (Work(a).next(s)) {
                         for (u32 i = 0; i < min(s.count, (u32)S::W_SLOTS); i++)
-                            prefetch_box(w_map, (s.first + i) * (STEP / 2), s.tile / a.tiles_of_tokens * (ROWS / 2), 0);
+                            prefetch_box(w_map, (s.first + i) * (STEP / 2), s.tile / a.tiles_of_tokens * (S::ROWS / 2), 0);
                     }
                     wait_for_kernel_before();
                 }
@@ -291,7 +350,7 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
                     for (u32 i = 0; i < s.count; i++, w.advance()) {
                         barrier_wait(w_empty + w.slot * 8, w.parity);
                         arrive_expecting(w_full + w.slot * 8, S::W_SLOT);
-                        copy_box(base + S::W + w.slot * S::W_SLOT, w_map, (s.first + i) * (STEP / 2), s.tile / a.tiles_of_tokens * (ROWS / 2), 0, w_full + w.slot * 8);
+                        copy_box(base + S::W + w.slot * S::W_SLOT, w_map, (s.first + i) * (STEP / 2), s.tile / a.tiles_of_tokens * (S::ROWS / 2), 0, w_full + w.slot * 8);
                     }
                 }
             } else {
@@ -309,15 +368,15 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
         }
         return;
     }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY_REGISTERS));
-    fill_table<T, S::ENTRY>(shared + S::TABLE, a.linear.weight.format, thread, MULTIPLIERS);
-    group_sync<1>(MULTIPLIERS);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::MANY_REGISTERS));
+    fill_table<T, S::ENTRY>(shared + S::TABLE, a.linear.weight.format, thread, S::THREADS);
+    group_sync<1>(S::THREADS);
 
     const u32 lane = thread % 32, t = lane % 4, lane_offset = lane * 4;
     const u32 row = thread / 32 * 8 + lane / 4; // of the even rows of a slot, and of the odd ones
     const u32 swizzle = row >> 1 & 3;           // of the 16-byte pieces of a row of 64 bytes
-    const u32 select = 0x5504 | t << 4, turn = 8 * t + 25 & 31;
     const uint64_t x_descriptor = describe(base);
+    const u32 select = 0x5504 | t << 4, turn = 8 * t + 25 & 31;
     const u8 *const my_w = shared + S::W + row * 64, *const my_scales = shared + S::SCALES + row * 16;
     const auto pair = [&](u32 word) { // of byte t
         const u32 offset = S::ENTRY == 256 ? __byte_perm(word, lane_offset, select) : __funnelshift_r(word, word, turn) & 0x7f80 | lane_offset;
@@ -372,8 +431,7 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
                 decode(v, early);
                 decode(v + 8, packed);
                 if (half == 1) {
-                    __syncwarp();
-                    if (lane == 0) arrive(w_empty + w.slot * 8);
+                    arrive_together(w_empty + w.slot * 8);
                     w.advance();
                 }
                 barrier_wait(x_full + x.slot * 8, x.parity);
@@ -401,6 +459,10 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
         if (lane == 0) arrive(x_empty + done.slot * 8);
         done.advance();
 
+        if (splits) {
+            gather<T, S>(a, sum, s.tile, shared, sums_full);
+            continue; // To no other tile. With a return here the compiler no longer knows that slots are the same for a warp: 10 % slower.
+        }
         wait_for_kernel_before(); // which may still use the workspace and y
         if (s.first + s.count < a.steps) {
             leave_partial<S>(a, sum);
@@ -412,13 +474,13 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
 }
 #endif
 
-// ---- the kernels: gq_linear_hopper_<dtype>_<tokens>
+// ---- the kernels: gq_linear_hopper_<dtype>_<rows>_<tokens>
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
-#define KERNEL(dtype, T, tokens, ...)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(GQ_HOPPER_THREADS, 1)                                                                      \
-        gq_linear_hopper_##dtype##_##tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const gq_hopper_args a) { \
-        linear_hopper<T, Shape<tokens, __VA_ARGS__>>(&w_map, &x_map, a);                                                                    \
+#define KERNEL(dtype, T, rows, tokens, ...)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(GQ_HOPPER_THREADS(rows), 1) gq_linear_hopper_##dtype##_##rows##_##tokens(                                \
+        const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const gq_hopper_args a) {                                   \
+        linear_hopper<T, Shape<rows, tokens, __VA_ARGS__>>(&w_map, &x_map, a);                                                                      \
     }
 #define EACH_DTYPE(...) KERNEL(f16, F16, __VA_ARGS__) KERNEL(bf16, BF16, __VA_ARGS__)
 GQ_HOPPER_TILES(EACH_DTYPE)

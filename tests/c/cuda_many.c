@@ -1,4 +1,6 @@
-/* gq_linear on a device with many rows: each way of tables/all.json, in a workspace with guard bands, against sums in float64 on the host.
+/* usage: cuda_many [ROWS]...
+ *
+ * gq_linear on a device with many rows, or so many: each way of tables/all.json, in a workspace with guard bands, against sums in float64 on the host.
  * The kernels round weights to the dtype, so an error is measured by that of decoded weights. */
 #include "device_weight.h"
 
@@ -12,7 +14,11 @@ static const struct {
     {GQ_FORMAT_FP4, GQ_F16, 264, 256, 128, 0},
     {GQ_FORMAT_NF4, GQ_F16, 1000, 1024, 64, 0},
 };
-static const int64_t rows[] = {14, 15, 16, 30, 31, 32, 62, 63, 64, 94, 95, 96, 126, 127, 128, 190, 191, 192, 254, 255, 256, 300, 301, 302, 500, 502, 601, 701};
+static int64_t rows[] = {
+    5,   6,   7,   8,   9,   10,  14,  15,  16,  20,  24,  30,  31,  32,  40,  42,  48,  50,  52,  56,  60,  61,  62,  63,  64,  70,  80,
+    88,  94,  95,  96,  100, 101, 108, 109, 112, 120, 121, 124, 126, 127, 128, 190, 191, 192, 200, 210, 220, 254, 255, 256, 300, 301, 302,
+    403, 404, 405, 406, 407, 408, 409, 410, 411, 420, 500, 502, 601, 701,
+};
 
 static struct gpu_buffer x_buffer, bias_buffer, y_buffer, workspace;
 
@@ -38,12 +44,22 @@ static void *layer(const struct device_weight *weight, int64_t m, gq_dtype dtype
     return first;
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    size_t count = sizeof rows / sizeof *rows;
+    int64_t most = rows[count - 1];
+    if (argc > 1) {
+        CHECK((size_t)argc - 1 <= count, "%d numbers of rows", argc - 1);
+        count = most = 0;
+        for (int i = 1; i < argc && count < sizeof rows / sizeof *rows; i++) {
+            rows[count++] = atoi(argv[i]);
+            if (rows[i - 1] > most) most = rows[i - 1];
+        }
+    }
     gpu_start();
     gpu_needs_ampere();
     OK(gq_device_prepare(0));
     for (size_t l = 0; l < sizeof layers / sizeof *layers; l++) {
-        const int64_t n = layers[l].n, k = layers[l].k, most = rows[sizeof rows / sizeof *rows - 1];
+        const int64_t n = layers[l].n, k = layers[l].k;
         const gq_dtype dtype = layers[l].dtype;
         struct linear_weight w = linear_weight(layers[l].format, n, k, layers[l].blocksize, layers[l].nested);
         struct device_weight weight;
@@ -55,7 +71,7 @@ int main(void) {
         double *exact = linear_exact(x, most, dtype, w.values, n, k), *usual = linear_exact(x, most, dtype, decoded, n, k);
         gpu_put(&x_buffer, x, (size_t)(most * k) * 2, 0);
         gpu_put(&bias_buffer, bias, (size_t)n * 2, 0);
-        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
+        for (size_t r = 0; r < count; r++) {
             const int64_t m = rows[r];
             const int biased = r % 2;
             char what[100];

@@ -80,14 +80,14 @@ static struct {
 } hook;
 
 static int initialized;
-static int64_t launches, pinned_peak, pushed, retained, loaded_modules, pending;
+static int64_t launches, clustered, pinned_peak, pushed, retained, loaded_modules, pending;
 static uint64_t last_stream;
 
 static void keep_all(void);
 
 static void apply(const char *text) {
     for (int i = 0; i < FUNCTIONS; i++) functions[i].calls = 0;
-    launches = 0;
+    launches = clustered = 0;
     fault_count = 0;
     hook.call = NULL;
     while (*text) {
@@ -466,6 +466,7 @@ int64_t fake_cuda_count(const char *what) {
                            : strcmp(what, "contexts") == 0     ? pushed
                            : strcmp(what, "retained") == 0     ? retained
                            : strcmp(what, "launches") == 0     ? launches
+                           : strcmp(what, "clustered") == 0    ? clustered
                            : strcmp(what, "last_stream") == 0  ? (int64_t)last_stream
                            : strcmp(what, "pending") == 0      ? pending
                            : strcmp(what, "misuse") == 0       ? misuses
@@ -498,7 +499,7 @@ __attribute__((destructor)) static void finish(void) {
 #pragma GCC diagnostic ignored "-Wmissing-prototypes"
 
 /* Bytes of shared memory that every launch may have, and that one may be allowed. */
-enum { SHARED = 49152, SHARED_OPTIN = 232448 };
+enum { MULTIPROCESSORS = 132, SHARED = 49152, SHARED_OPTIN = 232448 };
 
 API cuInit(unsigned flags) {
     const CUresult fault = enter(__func__);
@@ -554,7 +555,7 @@ API cuDeviceGetName(char *name, int length, CUdevice device) {
 API cuDeviceGetAttribute(int *value, int attribute, CUdevice device) {
     ENTER;
     if (device < 0 || device >= settings.devices) return leave(INVALID_DEVICE);
-    static const int values[][2] = {{1, 1024}, {8, SHARED}, {10, 32}, {16, 132}, {38, 52428800}, {41, 1}, {81, 233472}, {97, SHARED_OPTIN}};
+    static const int values[][2] = {{1, 1024}, {8, SHARED}, {10, 32}, {16, MULTIPROCESSORS}, {38, 52428800}, {41, 1}, {81, 233472}, {97, SHARED_OPTIN}};
     *value = attribute == 75 ? settings.arch / 10 : attribute == 76 ? settings.arch % 10 : 0;
     for (size_t i = 0; i < sizeof values / sizeof *values; i++)
         if (values[i][0] == attribute) *value = values[i][1];
@@ -746,6 +747,7 @@ struct launch_attribute {
     int id;
     union {
         int enabled;
+        unsigned size[3];
         uint64_t words[8];
     } value;
 };
@@ -785,13 +787,33 @@ API cuLaunchKernel(struct function *function, unsigned gx, unsigned gy, unsigned
     return leave(launch(function, &l, parameters, extra, __func__));
 }
 
+/* A cluster that every device takes, and that the grid is whole clusters of. */
+static int is_cluster(const unsigned size[3], const unsigned grid[3]) {
+    return size[0] >= 1 && size[0] <= 8 && grid[0] % size[0] == 0 && size[1] == 1 && size[2] == 1;
+}
+
+API cuOccupancyMaxActiveClusters(int *clusters, struct function *function, const struct launch *l) {
+    ENTER;
+    if (!is_function(function, __func__)) return leave(INVALID_HANDLE);
+    if (l->count != 1 || l->attributes[0].id != 4 || !is_cluster(l->attributes[0].value.size, l->grid) || l->shared > function->shared) {
+        misuse("%s: a launch of %s that is of no clusters", __func__, function->name);
+        return leave(INVALID_VALUE);
+    }
+    *clusters = (int)(MULTIPROCESSORS / l->attributes[0].value.size[0]);
+    return leave(SUCCESS);
+}
+
 API cuLaunchKernelEx(const struct launch *l, struct function *function, void **parameters, void **extra) {
     ENTER;
     if (l->count && !l->attributes) return leave(INVALID_VALUE);
     for (unsigned i = 0; i < l->count; i++) {
-        /* Programmatic stream serialization, which devices have since Hopper, is the only one that is known here. */
+        /* Known here are programmatic stream serialization and clusters, which devices have since Hopper. */
         const struct launch_attribute *a = &l->attributes[i];
         if (a->id == 6 && (a->value.enabled == 0 || a->value.enabled == 1) && settings.arch >= 90) continue;
+        if (a->id == 4 && is_cluster(a->value.size, l->grid) && settings.arch >= 90) {
+            clustered++;
+            continue;
+        }
         misuse("%s: attribute %d with the value %d on a device of architecture %d", __func__, a->id, a->value.enabled, settings.arch);
         return leave(INVALID_VALUE);
     }

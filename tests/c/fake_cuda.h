@@ -22,7 +22,7 @@ static void (*fake_set)(const char *settings);
  *   modules                 that were loaded and not unloaded
  *   contexts                pushed less popped, over all threads
  *   retained                primary contexts retained less released
- *   launches                since fake_set
+ *   launches, clustered     since fake_set; clustered are those in clusters
  *   last_stream             the stream of the last launch
  *   pending                 work on streams that nobody waited for
  *   misuse                  of the driver; each was printed */
@@ -36,7 +36,7 @@ static const char *const fake_functions[] = {
     "cuInit", "cuDriverGetVersion", "cuGetErrorName", "cuGetErrorString", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName",
     "cuDeviceGetAttribute", "cuDeviceTotalMem_v2", "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxPushCurrent_v2",
     "cuCtxPopCurrent_v2", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuTensorMapEncodeTiled", "cuLaunchKernel",
-    "cuLaunchKernelEx", "cuMemAlloc_v2", "cuMemFree_v2", "cuMemHostAlloc", "cuMemFreeHost", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuMemcpyDtoDAsync_v2",
+    "cuLaunchKernelEx", "cuOccupancyMaxActiveClusters", "cuMemAlloc_v2", "cuMemFree_v2", "cuMemHostAlloc", "cuMemFreeHost", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuMemcpyDtoDAsync_v2",
     "cuMemsetD8Async", "cuPointerGetAttribute", "cuStreamCreate", "cuStreamDestroy_v2", "cuStreamSynchronize", "cuStreamWaitEvent",
     "cuEventCreate", "cuEventDestroy_v2", "cuEventRecord", "cuEventSynchronize",
 };

@@ -60,7 +60,7 @@ static void check(const char *function, const char *settings, gq_status status) 
 
 /* With all workspace, with too little, and with every call of the driver failing. */
 static void layers(int64_t n, int nested) {
-    static const int64_t rows[] = {1, 14, 15, 16, 30, 31, 62, 64, 95, 127, 128, 190, 191, 192, 254, 255, 256, 300, 301, 302, 501, 601, 700, 701, 702, 805, 900};
+    static const int64_t rows[] = {1, 7, 10, 14, 15, 16, 30, 31, 50, 60, 62, 64, 95, 124, 127, 128, 190, 191, 192, 254, 255, 256, 300, 301, 302, 420, 501, 601, 700, 701, 702, 805, 900};
     state = make_state(n, K, nested);
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         uint64_t wanted = 0;
@@ -117,6 +117,11 @@ int main(void) {
     fake_set("");
     OK(run());
     CHECK(fake_count("cuTensorMapEncodeTiled") == 2, "%d tensor maps", (int)fake_count("cuTensorMapEncodeTiled"));
+    CHECK(fake_count("clustered") == 0, "%d launches in clusters", (int)fake_count("clustered"));
+    fake_set("");
+    m = 60;
+    OK(run());
+    CHECK(fake_count("clustered") == 1 && fake_count("launches") == 1, "%d of %d launches in clusters", (int)fake_count("clustered"), (int)fake_count("launches"));
     OK(gq_state_free(state));
     state = make_state(264, 320, 0);
     fake_set("");
