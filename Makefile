@@ -34,7 +34,7 @@ help:
 	@echo "make test        everything CI runs; the first time it fetches torch and others (GBs) into .venv"
 	@echo "make bench       this build against bitsandbytes, memcpy and cp; BENCH=--quick for a short look"
 	@echo "make test-cuda   the tests that need a GPU, from what make lib, build and ctest built, also on another machine"
-	@echo "make sanitize-cuda  the kernels of linear layers under compute-sanitizer, on a GPU"
+	@echo "make sanitize-cuda  the kernels of linear layers under compute-sanitizer, on a GPU, from what make racecheck-lib and ctest built"
 	@echo "make bench-cuda  the CUDA engine against bitsandbytes, safetensors and copies, on a GPU"
 	@echo "make lint        gofmt, go vet, staticcheck"
 	@echo "make clean       remove bin, build, dist and lib; .venv stays"
@@ -146,15 +146,16 @@ test-cuda:
 	GQUANT_LIBRARY=$(CURDIR)/lib/libgquant.so $(CUDA_PYTHON) -m pytest -q -rs tests/python_cuda
 	$(if $(CUDA_COMFY),GQUANT_LIBRARY=$(CURDIR)/lib/libgquant.so $(CUDA_PYTHON) -m pytest -q -rs $(CUDA_COMFY))
 
-# The kernels of linear layers under compute-sanitizer, by a table that names them: minutes each.
+# The kernels of linear layers under compute-sanitizer, by tables that name them, from what make racecheck-lib and ctest built: minutes.
+SANITIZE = GQUANT_TUNE=$(CURDIR)/tests/c/tables/$(2).json LD_LIBRARY_PATH=$(CURDIR)/lib$(1)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} \
+  compute-sanitizer --error-exitcode 1 --tool
 sanitize-cuda:
-	@for tool in memcheck racecheck synccheck; do \
-	  for test in few:cuda_linear all:cuda_many; do \
-	    echo "$$tool of $${test#*:}"; \
-	    GQUANT_TUNE=$(CURDIR)/tests/c/tables/$${test%:*}.json LD_LIBRARY_PATH=$(CURDIR)/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} \
-	      compute-sanitizer --tool $$tool --error-exitcode 1 build/cmake/tests/c/$${test#*:}; \
-	  done; \
+	for tool in memcheck synccheck; do \
+	  $(call SANITIZE,,few) $$tool build/cmake/tests/c/cuda_linear && $(call SANITIZE,,all) $$tool build/cmake/tests/c/cuda_many || exit 1; \
 	done
+	$(call SANITIZE,,few) racecheck build/cmake/tests/c/cuda_many 1 8 9 16 17 32
+	$(call SANITIZE,,tile) racecheck build/cmake/tests/c/cuda_many 33 64 129
+	$(call SANITIZE,/racecheck,all) racecheck build/cmake/tests/c/cuda_many 7 15 24 31 63 95 109 121 127 191 255 404
 
 bench-cuda:
 	@[ -f lib/libgquant.so -a -f bin/gquant ] || { echo "make bench-cuda measures what \"make lib build\" built; that is not there" >&2; exit 1; }

@@ -23,6 +23,18 @@ lib/libgquant.so: FORCE $(KERNELS) | need-go need-cc
 	ln -sf libgquant.so lib/$(SONAME)
 	rm -r lib/shared
 
+# The library whose kernels racecheck can follow: see cuda/kernels/hopper.cuh.
+.PHONY: racecheck-lib
+RACECHECK = build/racecheck/linear_hopper.fatbin
+$(RACECHECK): $(KERNELS)
+	@mkdir -p $(@D)
+	"$$(cat build/nvcc.path)" $(NVCC_FLAGS) -DGQ_RACECHECK $(GENCODE) cuda/kernels/linear_hopper.cu -o $@
+racecheck-lib: lib/libgquant.so $(RACECHECK)
+	echo '{"Replace": {"$(CURDIR)/cuda/image/linear_hopper.fatbin": "$(CURDIR)/$(RACECHECK)"}}' > build/racecheck/overlay.json
+	$(GO_LIBRARY) -overlay build/racecheck/overlay.json -buildmode=c-shared -ldflags "-s -w -extldflags '-Wl,-soname,$(SONAME) \"-Wl,--version-script=$(CURDIR)/capi/gquant.map\"'" -o lib/racecheck/libgquant.so ./capi
+	ln -sf libgquant.so lib/racecheck/$(SONAME)
+	rm lib/racecheck/libgquant.h
+
 lib/libgquant.a: FORCE $(KERNELS) | need-go need-cc
 	rm -rf lib/static
 	$(GO_LIBRARY) -buildmode=c-archive -ldflags "-s -w -X main.version=$(LIBRARY_VERSION)" -o lib/static/libgquant.a ./capi
