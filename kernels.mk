@@ -14,10 +14,19 @@ GENCODE := $(foreach a,$(shell cat cuda/architectures),-gencode arch=$(patsubst 
 NVCC_FLAGS := -fatbin -O3 -std=c++17 -fmad=false -ftz=false -prec-div=true --compress-mode=size --threads 2
 
 # Written under another name first, so that what is interrupted is not taken for finished.
-cuda/image/%.fatbin: cuda/kernels/%.cu $(wildcard cuda/kernels/*.cuh cuda/kernels/*.h) cuda/architectures kernels.mk | build/nvcc.path
-	@mkdir -p $(@D)
-	"$$(cat build/nvcc.path)" $(NVCC_FLAGS) $(GENCODE) $< -o $@.tmp
-	mv $@.tmp $@
+define compile
+@mkdir -p $(@D)
+"$$(cat build/nvcc.path)" $(NVCC_FLAGS) $(GENCODE) $< -o $@.tmp
+mv $@.tmp $@
+endef
+KERNEL_PARTS := $(wildcard cuda/kernels/*.cuh cuda/kernels/*.h) cuda/architectures kernels.mk
+cuda/image/%.fatbin: cuda/kernels/%.cu $(KERNEL_PARTS) | build/nvcc.path
+	$(compile)
+
+# In a form that racecheck can follow: see kernels/hopper.cuh.
+build/racecheck/%.fatbin: NVCC_FLAGS += -DGQ_RACECHECK
+build/racecheck/%.fatbin: cuda/kernels/%.cu $(KERNEL_PARTS) | build/nvcc.path
+	$(compile)
 
 # A path, so that it is looked for only once; clean forgets it.
 build/nvcc.path: cuda/find_nvcc.sh | need-python

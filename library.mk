@@ -8,7 +8,7 @@ LIBDIR ?= lib
 INCLUDEDIR ?= include
 CTEST ?= -j2 --output-on-failure
 
-.PHONY: lib install ctest
+.PHONY: lib install ctest racecheck-lib
 
 lib: lib/libgquant.so lib/libgquant.a
 
@@ -16,24 +16,19 @@ lib: lib/libgquant.so lib/libgquant.a
 # built in an empty folder, because go keeps one that differs in nothing but the version script and writes a header of its own
 # beside it, and then takes the place of the old one, which a program may be using.
 GO_LIBRARY = CGO_ENABLED=1 $(GO) build -trimpath -tags "$(GO_TAGS)"
+GO_SHARED = $(GO_LIBRARY) -buildmode=c-shared -ldflags "-s -w -X main.version=$(LIBRARY_VERSION) -extldflags '-Wl,-soname,$(SONAME) -Wl,-z,nodelete \"-Wl,--version-script=$(CURDIR)/capi/gquant.map\"'"
 lib/libgquant.so: FORCE $(KERNELS) | need-go need-cc
 	rm -rf lib/shared
-	$(GO_LIBRARY) -buildmode=c-shared -ldflags "-s -w -X main.version=$(LIBRARY_VERSION) -extldflags '-Wl,-soname,$(SONAME) -Wl,-z,nodelete \"-Wl,--version-script=$(CURDIR)/capi/gquant.map\"'" -o lib/shared/libgquant.so ./capi
+	$(GO_SHARED) -o lib/shared/libgquant.so ./capi
 	mv lib/shared/libgquant.so $@
 	ln -sf libgquant.so lib/$(SONAME)
 	rm -r lib/shared
 
-# The library whose kernels racecheck can follow: see cuda/kernels/hopper.cuh.
-.PHONY: racecheck-lib
-RACECHECK = build/racecheck/linear_hopper.fatbin
-$(RACECHECK): $(KERNELS)
-	@mkdir -p $(@D)
-	"$$(cat build/nvcc.path)" $(NVCC_FLAGS) -DGQ_RACECHECK $(GENCODE) cuda/kernels/linear_hopper.cu -o $@
-racecheck-lib: lib/libgquant.so $(RACECHECK)
-	echo '{"Replace": {"$(CURDIR)/cuda/image/linear_hopper.fatbin": "$(CURDIR)/$(RACECHECK)"}}' > build/racecheck/overlay.json
-	$(GO_LIBRARY) -overlay build/racecheck/overlay.json -buildmode=c-shared -ldflags "-s -w -extldflags '-Wl,-soname,$(SONAME) \"-Wl,--version-script=$(CURDIR)/capi/gquant.map\"'" -o lib/racecheck/libgquant.so ./capi
-	ln -sf libgquant.so lib/racecheck/$(SONAME)
-	rm lib/racecheck/libgquant.h
+# The library with kernels that racecheck can follow.
+racecheck-lib: build/racecheck/linear_hopper.fatbin $(KERNELS) | need-go need-cc
+	rm -rf lib/racecheck
+	echo '{"Replace": {"$(CURDIR)/cuda/image/linear_hopper.fatbin": "$(CURDIR)/$<"}}' > build/racecheck/overlay.json
+	$(GO_SHARED) -overlay build/racecheck/overlay.json -o lib/racecheck/$(SONAME) ./capi
 
 lib/libgquant.a: FORCE $(KERNELS) | need-go need-cc
 	rm -rf lib/static

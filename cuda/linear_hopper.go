@@ -121,6 +121,16 @@ func (hopper) plan(d *Device, way Way, l Linear) hopperPlan {
 	return p
 }
 
+// within is the plan for the workspace that the layer has.
+func (h hopper) within(d *Device, way Way, l Linear) hopperPlan {
+	p := h.plan(d, way, l)
+	if bytes := p.bytes(); bytes > 0 && (l.WorkspaceBytes < bytes || l.Workspace%16 != 0) {
+		way.Deal, way.Split = 0, 0
+		p = h.plan(d, way, l)
+	}
+	return p
+}
+
 func (p hopperPlan) bytes() uint64 {
 	if p.dealt == 0 {
 		return 0
@@ -147,11 +157,7 @@ var launches = func() *atomic.Uint64 {
 }()
 
 func (h hopper) launch(d *Device, s Stream, way Way, w *Weight, l Linear) error {
-	p := h.plan(d, way, l)
-	if bytes := p.bytes(); bytes > 0 && (l.WorkspaceBytes < bytes || l.Workspace%16 != 0) {
-		way.Deal, way.Split = 0, 0
-		p = h.plan(d, way, l)
-	}
+	p := h.within(d, way, l)
 	index := findHopperTile(way)
 	t := hopperTiles[index]
 	args := C.struct_gq_hopper_args{

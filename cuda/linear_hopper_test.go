@@ -22,5 +22,14 @@ func TestHopperPlan(t *testing.T) {
 		if p.ctas != c.ctas || p.cluster != c.cluster || p.dealt != c.dealt || (p.bytes() > 0) != (c.dealt > 0) {
 			t.Errorf("%v, %d×%d, %d rows: %+v, want %d CTAs in clusters of %d, %d tiles dealt out", c.way, c.n, c.k, c.m, p, c.ctas, c.cluster, c.dealt)
 		}
+		for _, l := range []Linear{{}, {Workspace: 16, WorkspaceBytes: p.bytes() - min(p.bytes(), 1)}, {Workspace: 8, WorkspaceBytes: p.bytes()}} {
+			l.M, l.N, l.K = c.m, c.n, c.k
+			if least := (hopper{}).within(d, c.way, l); least.bytes() > 0 || least.cluster != c.cluster || least.tiles != p.tiles {
+				t.Errorf("%v, %d×%d, %d rows with a workspace of %d bytes at %d: %+v", c.way, c.n, c.k, c.m, l.WorkspaceBytes, l.Workspace, least)
+			}
+		}
+		if all := (hopper{}).within(d, c.way, Linear{M: c.m, N: c.n, K: c.k, Workspace: 16, WorkspaceBytes: p.bytes()}); all != p {
+			t.Errorf("%v, %d×%d, %d rows with all workspace: %+v, want %+v", c.way, c.n, c.k, c.m, all, p)
+		}
 	}
 }
