@@ -16,7 +16,7 @@ import (
 
 const (
 	// slabBytes of a decoded weight at least are multiplied at once, if it has as many: smaller products leave multiprocessors idle.
-	slabBytes = 32 << 20
+	slabBytes = 64 << 20
 	// slabStep divides the rows of a slab, so that its columns of y are aligned as y is, up to 256 bytes.
 	slabStep = 128
 	// workspaceStep is what addresses in a workspace are multiples of, as far as the workspace's own is.

@@ -349,7 +349,7 @@ GQ_API gq_status gq_dequantize_range(gq_state *state, int64_t first, int64_t cou
 /* What gq_linear does on a device with m rows of x, and the workspace with which it is fastest; bytes or packed may be NULL.
  *
  * *packed is 1 where it multiplies with the packed weight (always so on the CPU). *bytes is then room for sums that are shared between
- * multiprocessors, often 0; with less it is slower. Where *packed is 0 the weight is decoded in slabs of rows, each 32 to 64 MB of elements of
+ * multiprocessors, often 0; with less it is slower. Where *packed is 0 the weight is decoded in slabs of rows, each 64 to 128 MiB of elements of
  * dtype or the whole weight if that is less, and 32 MiB (before Hopper 4 MiB) are cuBLASLt's own. gq_linear takes less, down to room for 128
  * rows (or all if there are fewer), and is slower then; what is more makes slabs larger, up to the whole weight.
  *

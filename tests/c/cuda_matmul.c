@@ -156,7 +156,7 @@ static void shapes(void) {
     }
 }
 
-/* Many rows of x; and a weight of 80 MiB and some, for two slabs of the recommended size and one row more. */
+/* Many rows of x; and a weight of 160 MiB and some, for two slabs of the recommended size and one row more. */
 static void large(void) {
     static const int64_t rows[] = {0, 1, 63, 64, 2047, 4095}, few[] = {0, 31, 64};
     struct linear_weight w = linear_weight(GQ_FORMAT_NF4, 3000, 512, 64, 1);
@@ -164,7 +164,7 @@ static void large(void) {
     sums(&w, GQ_F16, 4096, rows, 6, 0, 1);
     sums(&w, GQ_F32, 4096, rows, 6, 0, 0);
     linear_free(&w);
-    w = linear_weight(GQ_FORMAT_NF4, 20 * 1024 + 1, 1024, 64, 0);
+    w = linear_weight(GQ_FORMAT_NF4, 40 * 1024 + 1, 1024, 64, 0);
     sums(&w, GQ_F32, 65, few, 3, 0, 0);
     linear_free(&w);
 }

@@ -252,19 +252,19 @@ static void shapes(void) {
     finish();
 }
 
-/* A weight of 80 MiB, and five rows more: two slabs with what is recommended, one if there is room, else what fits. */
+/* A weight of 160 MiB, and five rows more: two slabs with what is recommended, one if there is room, else what fits. */
 static void large(void) {
-    enum { N = 20 * 1024, K = 1024, ROW = K * 4 };
+    enum { N = 40 * 1024, K = 1024, ROW = K * 4 };
     start();
     for (int more = 0; more < 6; more += 5) {
-        make_layer(N + more, K, 2, GQ_F32, 128 << 20);
+        make_layer(N + more, K, 2, GQ_F32, 256 << 20);
         const uint64_t best = recommended();
-        CHECK(best >= (64 << 20) && best <= (96 << 20), "%llu bytes of workspace", (unsigned long long)best);
+        CHECK(best >= (96 << 20) && best <= (160 << 20), "%llu bytes of workspace", (unsigned long long)best);
         layer.exec.workspace_bytes = best;
         CHECK(run_slabs("recommended") == 2, "%d slabs", (int)lt_count("cublasLtMatmul"));
-        CHECK(lt_call(1).rows * ROW >= 32 << 20, "a slab of %d rows", (int)lt_call(1).rows);
+        CHECK(lt_call(1).rows * ROW >= 64 << 20, "a slab of %d rows", (int)lt_call(1).rows);
         CHECK(lt_call(0).workspace_bytes == 32 << 20, "the library has %d bytes", (int)lt_call(0).workspace_bytes);
-        const uint64_t sizes[] = {128 << 20, 128 * ROW, 128 * ROW + 1000, 1 << 20, 3 << 20, (10 << 20) + 16, 40 << 20, best - 1, best + 1};
+        const uint64_t sizes[] = {256 << 20, 128 * ROW, 128 * ROW + 1000, 1 << 20, 3 << 20, (10 << 20) + 16, 80 << 20, best - 1, best + 1};
         for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
             char what[60];
             snprintf(what, sizeof what, "%llu bytes", (unsigned long long)sizes[i]);

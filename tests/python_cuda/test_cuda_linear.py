@@ -147,8 +147,8 @@ def test_slabs(n, k, blocksize, stored):
             before = torch.cuda.memory_allocated()
             torch.ops.gquant.linear_4bit.out(x, added, *weight, out=out)
             used = torch.cuda.max_memory_allocated() - before
-            if rows >= 2048:  # a slab, and cuBLASLt's own
-                assert used <= 100 << 20
+            if rows >= 2048:  # a slab of up to 128 MiB, and 32 MiB of cuBLASLt's
+                assert used <= min(2 * n * k, 128 << 20) + (33 << 20)
                 assert equal(out, y)
             elif n == 32768:
                 assert used >= 2 * n * k
