@@ -99,7 +99,7 @@ type hopperPlan struct {
 
 func (hopper) plan(d *Device, way Way, l Linear) hopperPlan {
 	t := hopperTiles[findHopperTile(way)]
-	p := hopperPlan{tilesOfTokens: ceilDiv(l.M, t.tokens), steps: l.K / C.GQ_HOPPER_STEP, partial: t.tokens * t.rows * 4}
+	p := hopperPlan{tilesOfTokens: ceilDiv(l.M, t.tokens), steps: l.K / C.GQ_HOPPER_STEP, partial: t.tokens * t.rows * 3}
 	p.tiles = ceilDiv(l.N, t.rows) * p.tilesOfTokens
 	// The sums of a cluster take the place of what its CTAs would read ahead, so it has one tile.
 	if p.cluster = min(way.Split, p.steps); p.cluster > 1 && p.tiles <= d.clusters[p.cluster] {
@@ -156,6 +156,11 @@ var launches = func() *atomic.Uint64 {
 	return n
 }()
 
+// shareOf divides steps: numbers of equal shares, of which the first may be one step longer.
+func shareOf(steps, count int64) C.struct_gq_share {
+	return C.struct_gq_share{each: C.uint32_t(steps / count), more: C.uint32_t(steps % count)}
+}
+
 func (h hopper) launch(d *Device, s Stream, way Way, w *Weight, l Linear) error {
 	p := h.within(d, way, l)
 	index := findHopperTile(way)
@@ -163,7 +168,7 @@ func (h hopper) launch(d *Device, s Stream, way Way, w *Weight, l Linear) error 
 	args := C.struct_gq_hopper_args{
 		linear: d.linearArgs(w, l), partial: C.uint64_t(l.Workspace), flags: C.uint64_t(l.Workspace + uint64(p.ctas*p.partial)),
 		launch: C.uint64_t(nextLaunch()), tiles: C.uint32_t(p.tiles), tiles_of_tokens: C.uint32_t(p.tilesOfTokens), steps: C.uint32_t(p.steps),
-		dealt: C.uint32_t(p.dealt), cluster: C.uint32_t(p.cluster),
+		dealt: C.uint32_t(p.dealt), of_dealt: shareOf(p.dealt*p.steps, p.ctas), cluster: C.uint32_t(p.cluster), of_tile: shareOf(p.steps, p.cluster),
 	}
 	n, k := C.uint64_t(l.N), C.uint64_t(l.K)
 	maps := [2]C.struct_gq_cu_map{

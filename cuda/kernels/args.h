@@ -81,18 +81,22 @@ struct gq_linear_tile_args {
 // The same for many tokens on Hopper, in tiles of some rows of W and some tokens: tile i has rows from i / tiles_of_tokens · rows on and tokens from
 // i % tiles_of_tokens · tokens on, and `steps` steps along k. k is a multiple of GQ_HOPPER_STEP and the blocksize.
 enum { GQ_HOPPER_STEP = 128 };
+struct gq_share { // of steps: number i has those from i · each + min(i, more) on
+    uint32_t each, more;
+};
 struct gq_hopper_args {
     struct gq_linear_args linear;
-    uint64_t partial, flags; // for tiles that are dealt out: per CTA the sums of a tile in float32, and a uint64
+    uint64_t partial, flags; // for tiles that are dealt out: per CTA 3 bytes of each sum of a tile, and a uint64
     uint64_t launch;         // a number that no launch before had, and memory is unlikely to have
     uint32_t tiles, tiles_of_tokens, steps;
-    uint32_t dealt;   // tiles that CTAs share by k, the first
-    uint32_t cluster; // CTAs of a cluster; if there are more than one, they share a tile, and none is dealt out
+    uint32_t dealt;           // tiles that CTAs share by k, the first
+    struct gq_share of_dealt; // a CTA's share of their steps
+    uint32_t cluster;         // CTAs of a cluster; if there are more than one, they share a tile, and none is dealt out
+    struct gq_share of_tile;  // the share of the steps of a tile that a CTA of a cluster has
 };
 // The kernels: rows of W in a tile, each 64 for a warpgroup; tokens of it; slots of x (64 elements of k) and of W (a step); tokens of y that are staged at a
 // time; bytes of an entry of the table. A CTA has 128 threads more than two for each row.
 #define GQ_HOPPER_TILES(TILE)     \
-    TILE(128, 16, 8, 8, 16, 256)  \
     TILE(128, 32, 8, 8, 32, 256)  \
     TILE(128, 64, 8, 7, 64, 256)  \
     TILE(128, 96, 6, 6, 96, 256)  \

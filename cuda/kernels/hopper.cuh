@@ -47,6 +47,8 @@ struct alignas(64) TensorMap {
     u8 opaque[128];
 };
 
+// Brings a map to where copies read it.
+static DEVICE void prefetch_map(const TensorMap *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 static DEVICE void copy_box(u32 to, const TensorMap *map, int x, int y, u32 barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
                  "l"(map), "r"(x), "r"(y), "r"(barrier)
@@ -61,7 +63,18 @@ static DEVICE void prefetch_box(const TensorMap *map, int x, int y, int z) {
     asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z) : "memory");
 }
 
-// ---- clusters: CTAs that run at the same time and reach each other's shared memory
+// ---- clusters: CTAs that run at the same time and reach each other's shared memory. A launch without has clusters of one.
+
+#define REGISTER(name, special)                          \
+    static DEVICE u32 name() {                           \
+        u32 r;                                           \
+        asm("mov.u32 %0, %%" special ";" : "=r"(r));     \
+        return r;                                        \
+    }
+REGISTER(cluster_number, "clusterid.x")
+REGISTER(cluster_rank, "cluster_ctarank") // the CTA's number in its cluster
+REGISTER(clusters, "nclusterid.x")
+#undef REGISTER
 
 // All threads of a cluster that have not ended arrive, and may wait until all have.
 static DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
@@ -74,9 +87,9 @@ static DEVICE u32 remote(u32 address, u32 rank) {
     return r;
 }
 // 16 bytes into a CTA, a barrier of which counts them.
-static DEVICE void store_remote(u32 to, float a, float b, float c, float d, u32 barrier) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "f"(a), "f"(b), "f"(c),
-                 "f"(d), "r"(barrier)
+static DEVICE void store_remote(u32 to, uint4 v, u32 barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+                 "r"(v.w), "r"(barrier)
                  : "memory");
 }
 
@@ -124,7 +137,6 @@ template <int PENDING> static DEVICE void wgmma_wait() { asm volatile("wgmma.wai
 #define EACH_WGMMA(n, list, a, b, ...)             \
     WGMMA(BF16, "bf16", n, list, a, b, __VA_ARGS__) \
     WGMMA(F16, "f16", n, list, a, b, __VA_ARGS__)
-EACH_WGMMA(16, D0, "%8,%9,%10,%11", "%12", R0(0))
 EACH_WGMMA(32, D1, "%16,%17,%18,%19", "%20", R1)
 EACH_WGMMA(64, D3, "%32,%33,%34,%35", "%36", R3)
 EACH_WGMMA(96, D5, "%48,%49,%50,%51", "%52", R5)

@@ -1,6 +1,7 @@
 // linear_hopper.cu: what its kernels are made for, and which CTA does what.
 #pragma once
 
+#include "hopper.cuh"
 #include "linear.cuh"
 
 static constexpr int STEP = GQ_HOPPER_STEP; // elements of k
@@ -23,8 +24,9 @@ template <int ROWS_, int TOKENS_, int X_SLOTS_, int W_SLOTS_, int STAGED_, int E
     static constexpr int BYTES = BARRIERS + (X_SLOTS + W_SLOTS + 1) * 16;
     static_assert(ROWS == 128 || ROWS == 192, "");
     static_assert(BYTES == GQ_HOPPER_SHARED(ROWS, TOKENS, X_SLOTS, W_SLOTS, STAGED, ENTRY) && BYTES <= 232448, "");
-    // A cluster's sums take the place of x and W: in units, the 16 rows of W and 8 tokens of a warp's sum[4j … 4j+3].
-    static constexpr int UNIT = 512, UNITS = TOKENS / 8 * WARPS;
+    static constexpr int GROUPS = TOKENS / 32; // of a thread's sums
+    // A cluster's sums take the place of x and W: in units, a group of each thread of a warp, which are of 16 rows of W and 32 tokens.
+    static constexpr int UNIT = 32 * 48, UNITS = GROUPS * WARPS;
     static_assert((UNITS + 7) * UNIT <= Y, "");
 };
 
@@ -47,14 +49,12 @@ struct Segment {
 // A CTA's segments: its share of the tiles that are dealt out by k, from the last to the first, then whole tiles, or its part of a cluster's.
 struct Work {
     const gq_hopper_args &a;
-    u32 end, whole, first, behind;
-    DEVICE Work(const gq_hopper_args &args)
-        : a(args), end(share(args, blockIdx.x + 1)), whole(args.dealt + blockIdx.x / a.cluster), first(a.steps * (blockIdx.x % a.cluster) / a.cluster),
-          behind(a.steps * (blockIdx.x % a.cluster + 1) / a.cluster) {}
-    // The first step of a CTA, over all tiles that are dealt out.
-    static DEVICE u32 share(const gq_hopper_args &a, u32 cta) { return (u32)((uint64_t)a.dealt * a.steps * cta / gridDim.x); }
+    u32 end, whole;
+    DEVICE Work(const gq_hopper_args &args) : a(args), end(start(args.of_dealt, blockIdx.x + 1)), whole(args.dealt + cluster_number()) {}
+    // Where the share of number i starts. Without a division: a CTA's first copies wait for this.
+    static DEVICE u32 start(const gq_share &share, u32 i) { return i * share.each + min(i, share.more); }
     DEVICE bool next(Segment &s) {
-        const u32 begin = share(a, blockIdx.x);
+        const u32 begin = start(a.of_dealt, blockIdx.x);
         if (end > begin) {
             s.tile = (end - 1) / a.steps;
             s.first = max(s.tile * a.steps, begin) - s.tile * a.steps;
@@ -63,8 +63,10 @@ struct Work {
             return true;
         }
         if (whole >= a.tiles) return false;
-        s = {whole, first, behind - first};
-        whole += gridDim.x / a.cluster;
+        s.tile = whole;
+        s.first = start(a.of_tile, cluster_rank());
+        s.count = start(a.of_tile, cluster_rank() + 1) - s.first;
+        whole += clusters();
         return true;
     }
 };

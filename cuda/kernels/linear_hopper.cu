@@ -99,18 +99,23 @@ template <class T, class S, bool NESTED> static DEVICE void make_scales(const gq
 template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_map, const TensorMap *x_map, const gq_hopper_args &a) {
     extern __shared__ __align__(1024) u8 shared[];
     const int thread = threadIdx.x;
+    const u32 lane = thread % 32;
     const u32 base = (u32)__cvta_generic_to_shared(shared);
     const u32 x_full = base + S::BARRIERS, x_empty = x_full + S::X_SLOTS * 8, w_full = x_empty + S::X_SLOTS * 8, w_empty = w_full + S::W_SLOTS * 8;
     const u32 sums_full = w_empty + S::W_SLOTS * 8;
     const bool splits = a.cluster > 1; // tiles
-    if (thread == 0) {
-        for (int i = 0; i < S::X_SLOTS; i++) {
-            barrier_init(x_full + i * 8, 1);
-            barrier_init(x_empty + i * 8, S::WARPS);
-        }
+    if (thread == S::THREADS) { // which copies W
+        prefetch_map(w_map);
         for (int i = 0; i < S::W_SLOTS; i++) {
             barrier_init(w_full + i * 8, 1 + WARP_ARRIVALS); // the copy and the scales
             barrier_init(w_empty + i * 8, S::WARPS * WARP_ARRIVALS);
+        }
+        publish_barriers();
+    } else if (thread == S::THREADS + 32) { // which copies x
+        prefetch_map(x_map);
+        for (int i = 0; i < S::X_SLOTS; i++) {
+            barrier_init(x_full + i * 8, 1);
+            barrier_init(x_empty + i * 8, S::WARPS);
         }
         barrier_init(sums_full, 1);
         publish_barriers();
@@ -129,7 +134,7 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
                 make_scales<T, S, true>(a, shared, w_full, w_empty, warp - 2);
             else
                 make_scales<T, S, false>(a, shared, w_full, w_empty, warp - 2);
-        } else if (thread % 32 == 0) {
+        } else if (lane == 0) {
             Work work(a);
             Segment s;
             if (warp == 0) {
@@ -150,9 +155,10 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
                 }
             } else {
                 Place<S::X_SLOTS> x = {0, 1};
+                bool more = work.next(s);
                 wait_for_kernel_before();
                 let_next_kernel_start();
-                while (work.next(s)) {
+                for (; more; more = work.next(s)) {
                     for (u32 i = s.first * (STEP / 64); i < (s.first + s.count) * (STEP / 64); i++, x.advance()) {
                         barrier_wait(x_empty + x.slot * 8, x.parity);
                         arrive_expecting(x_full + x.slot * 8, S::X_SLOT);
@@ -167,7 +173,7 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
     fill_table<T, S::ENTRY>(shared + S::TABLE, a.linear.weight.format, thread, S::THREADS);
     group_sync<1>(S::THREADS);
 
-    const u32 lane = thread % 32, t = lane % 4, lane_offset = lane * 4;
+    const u32 t = lane % 4, lane_offset = lane * 4;
     const u32 row = thread / 32 * 8 + lane / 4; // of the even rows of a slot, and of the odd ones
     const u32 swizzle = row >> 1 & 3;           // of the 16-byte pieces of a row of 64 bytes
     const uint64_t x_descriptor = describe(base);
@@ -211,7 +217,8 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
 
     Work work(a);
     Segment s;
-    while (work.next(s)) {
+    // With while (work.next(s)), or a return in it, ptxas takes the shared memory's address for different in each lane: 10 % slower.
+    for (bool more = work.next(s); more; more = work.next(s)) {
 #pragma unroll
         for (int i = 0; i < S::TOKENS / 2; i++) sum[i] = 0;
         load(0);
@@ -256,7 +263,7 @@ template <class T, class S> static DEVICE void linear_hopper(const TensorMap *w_
 
         if (splits) {
             gather<T, S>(a, sum, s.tile, shared, sums_full);
-            continue; // To no other tile. With a return here the compiler no longer knows that slots are the same for a warp: 10 % slower.
+            continue; // to no other tile
         }
         wait_for_kernel_before(); // which may still use the workspace and y
         if (s.first + s.count < a.steps) {
