@@ -64,8 +64,8 @@ def events(run):
     return start.elapsed_time(end) * 1e-3
 
 
-def graphed(call, count=24, repeat=9):
-    """Seconds of call(i), i = 0, 1, …, in a CUDA graph of count calls."""
+def captured(call, count):
+    """A CUDA graph of call(i), i = 0 … count - 1."""
     call(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -73,7 +73,18 @@ def graphed(call, count=24, repeat=9):
         for i in range(count):
             call(i)
     graph.replay()
-    return statistics.median(events(graph.replay) for _ in range(repeat)) / count
+    return graph
+
+
+def in_turn(graphs, count, repeat=9):
+    """Seconds of a call in each of some graphs of count calls, which are replayed by turns: a card that the work before has heated is slower for all."""
+    times = [[events(graph.replay) for graph in graphs] for _ in range(repeat)]
+    return [statistics.median(each) / count for each in zip(*times, strict=True)]
+
+
+def graphed(call, count=24, repeat=9):
+    """Seconds of call(i), i = 0, 1, …, in a CUDA graph of count calls."""
+    return in_turn([captured(call, count)], count, repeat)[0]
 
 
 def direct(call, count, repeat=5):
@@ -193,18 +204,19 @@ def bench_linear(quick):
         theirs = [peer.quantize_4bit(w, compress_statistics=False, quant_type="nf4") for w in weights] if peer else []
         for m in widths:
             x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
-            count, repeat = (24, 5) if m <= 512 else (4, 3)
+            count = 24 if m <= 512 else 4
 
-            def time_of(call):
-                with gquant.torch.settled_weights():
-                    return graphed(call, count, repeat)  # noqa: B023
+            def layers_of(weights):
+                return captured(lambda i: torch.ops.gquant.linear_4bit(x, None, *weights[i % len(weights)]), count)  # noqa: B023
 
-            cublas = time_of(lambda i: torch.nn.functional.linear(x, dense[i % len(dense)]))
-            ours = time_of(lambda i: torch.ops.gquant.linear_4bit(x, None, *arguments[i % len(arguments)]))
-            of_nested = time_of(lambda i: torch.ops.gquant.linear_4bit(x, None, *nested[i % len(nested)])) 
-            unsettled = graphed(lambda i: torch.ops.gquant.linear_4bit(x, None, *arguments[i % len(arguments)]), count, repeat)
-            other = time_of(lambda i: bitsandbytes.matmul_4bit(x, theirs[i % len(theirs)][0].t(), theirs[i % len(theirs)][1])) if peer else None
-            cells[m].append({"shape": (n, k), "cublas": cublas, "ours": ours, "unsettled": unsettled, "nested": of_nested, "peer": other, "bytes": moved(n * k, 0, 64) + 2 * m * (n + k)})
+            graphs = {"cublas": captured(lambda i: torch.nn.functional.linear(x, dense[i % len(dense)]), count), "unsettled": layers_of(arguments)}
+            with gquant.torch.settled_weights():
+                graphs |= {"ours": layers_of(arguments), "nested": layers_of(nested)}
+            if peer:
+                graphs["peer"] = captured(lambda i: bitsandbytes.matmul_4bit(x, theirs[i % len(theirs)][0].t(), theirs[i % len(theirs)][1]), count)
+            seconds = dict(zip(graphs, in_turn(graphs.values(), count), strict=True))
+            cells[m].append({"shape": (n, k), **seconds, "bytes": moved(n * k, 0, 64) + 2 * m * (n + k)})
+            del graphs
         del quantized, weights, nested, dense, arguments, theirs
 
     def mean(values):

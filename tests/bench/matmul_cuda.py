@@ -68,8 +68,8 @@ def main():
             calls = [gq_linear(w, x, bias, y) for w in weights]
             memory = peak(lambda: torch.ops.gquant.linear_4bit.out(x, bias, *weights[0], out=y))
             count = 24 if m < 2048 else 8
-            times = [
-                bench_cuda.graphed(call, count)
+            graphs = [
+                bench_cuda.captured(call, count)
                 for call in (
                     lambda i: torch.nn.functional.linear(x, dense[i % len(dense)], bias),
                     lambda i: calls[i % len(calls)][0](),
@@ -77,6 +77,7 @@ def main():
                     lambda i: whole(weights[i % len(weights)], x, bias),
                 )
             ]
+            times = bench_cuda.in_turn(graphs, count)
             speeds = " ".join(f"{times[0] / t:{width}.2f}" for t, width in zip(times[1:], (10, 9, 7), strict=True))
             print(f"{f'{n}x{k}':>14} {m:>6} {times[0] * 1e6:>9.1f} {speeds} {calls[0][1] / 1e6:>5.0f} {memory / 1e6:>6.0f}", flush=True)
 
