@@ -29,6 +29,7 @@ static DEVICE u32 swapped(u32 row) { return (row & 2) * 16; }
 template <int COLUMNS_, int HEIGHT_, int DEPTH_> struct Shape {
     static constexpr int COLUMNS = COLUMNS_, HEIGHT = HEIGHT_, DEPTH = DEPTH_; // of 8 tokens; rows; slots of a ring
     static constexpr int WIDTH = COLUMNS * TOKENS;
+    static constexpr bool KEEPS = COLUMNS < 4; // addresses, for which there are registers then
     static constexpr int PART = GQ_LINEAR_PART(HEIGHT), PARTS = (HEIGHT + PART - 1) / PART, TILES = (PART + ROWS - 1) / ROWS;
     static constexpr int SCALES = PART * ROW_BYTES; // in a slot, behind the weights: a float32 for each row and step
     static constexpr int SLOT_BYTES = GQ_LINEAR_SLOT(HEIGHT);
@@ -61,6 +62,10 @@ static DEVICE float2 load_shared_float2(u32 address) {
 
 static DEVICE void store_shared(u32 address, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory"); }
 
+// What is computed once. The compiler would rather do it again wherever it is used, which takes longer than the copy that it is for.
+static DEVICE void keep(u32 &x) { asm volatile("" : "+r"(x)); }
+template <class T> static DEVICE void keep(T *&x) { asm volatile("" : "+l"(x)); }
+
 // ---- the loader
 
 // What a warp loads next: a part of the CTA's rows, and where it is along k, in spans.
@@ -69,64 +74,80 @@ struct Cursor {
 };
 
 template <class S, bool NESTED> struct Loader {
+    static constexpr int PIECES = ROW_BYTES / 16, AT_ONCE = 32 / PIECES; // of a row in a slot, 16 bytes each; rows that a warp copies at once
     static constexpr int VALUES = S::PART * STEPS, VALUES_PER_LANE = (VALUES + 31) / 32;
+    static_assert(AT_ONCE % 4 == 0, "a lane's rows are all swapped or none");
+    // The nested statistics of a slot, in registers while they come; slot is 0 when none do.
+    struct Statistics {
+        u32 slot = 0;
+        u8 code[VALUES_PER_LANE];
+        float absmax[VALUES_PER_LANE];
+    };
     const gq_linear_args &a;
     const float *nested_codebook; // in shared memory
     float offset;
-    u32 shift; // a block is 64 << shift weights
-    // What nested statistics are while they come, for which slot; 0 when none do.
-    u32 slot;
-    u8 code[VALUES_PER_LANE];
-    float absmax[VALUES_PER_LANE];
+    u32 lane, row_bytes, row_blocks, shift; // a block is 64 << shift weights
+    u32 piece;                              // where in a slot the lane's piece of the first row that it copies goes
+    // Of the CTA's rows: how many, that piece, the first block, and the scales of the lane's row.
+    u32 rows;
+    const u8 *packed;
+    int64_t block;
+    const float *scales;
 
-    DEVICE Loader(const gq_linear_args &args, const float *codebook) : a(args), nested_codebook(codebook), offset(0), shift(args.weight.log2 - 6), slot(0) {
+    DEVICE Loader(const gq_linear_args &args, const float *codebook) : a(args), nested_codebook(codebook), offset(0), lane(threadIdx.x % 32) {
+        shift = a.weight.log2 - 6, row_bytes = (u32)a.k / 2, row_blocks = (u32)a.k / SPAN >> shift;
+        piece = lane / PIECES * ROW_BYTES + (lane % PIECES * 16 ^ swapped(lane / PIECES));
+        if (S::KEEPS) keep(row_bytes), keep(piece);
         if (NESTED) offset = __ldg(pointer<const float>(a.weight.offset));
     }
 
-    // Starts to fill a slot with a part of the CTA's rows, from first_row on.
-    DEVICE void start(u32 to, u32 first_row, Cursor at) {
-        const u32 lane = threadIdx.x % 32, row_bytes = (u32)a.k / 2, row_blocks = (u32)(a.k / SPAN) >> shift;
-        // Rows behind the last are computed like it, and not stored.
-        const u32 begin = at.part * S::PART, rows = min((u32)S::PART, S::HEIGHT - begin), last = (u32)a.n - 1 - first_row;
-        const u8 *packed = pointer<const u8>(a.weight.packed) + (int64_t)first_row * row_bytes + at.span * (SPAN / 2);
-        constexpr int PIECES = ROW_BYTES / 16, AT_ONCE = 32 / PIECES; // 16 bytes each; rows
+    // The CTA's rows are now those from first_row on.
+    DEVICE void set(u32 first_row) {
+        rows = min((u32)S::HEIGHT, (u32)a.n - first_row);
+        packed = pointer<const u8>(a.weight.packed) + (int64_t)(first_row + lane / PIECES) * row_bytes + lane % PIECES * 16;
+        block = (int64_t)first_row * row_blocks;
+        scales = pointer<const float>(a.weight.absmax) + block + lane * row_blocks;
+        if (S::KEEPS) keep(rows), keep(packed);
+        if (S::KEEPS && !NESTED) keep(scales);
+    }
+
+    // Starts to fill a slot with a part of the CTA's rows; nested statistics wait for finish. What is multiplied for rows that are not there is not stored.
+    DEVICE void start(u32 to, Cursor at, Statistics &late) {
+        const u32 begin = at.part * S::PART;
+        const int left = (int)(rows - begin - lane / PIECES);
+        const u8 *from = packed + (begin * row_bytes + at.span * (SPAN / 2));
 #pragma unroll
-        for (int i = 0; i < S::PART / AT_ONCE; i++) {
-            if (S::HEIGHT % S::PART != 0 && i * AT_ONCE >= rows) break;
-            const u32 row = lane / PIECES + AT_ONCE * i, piece = lane % PIECES;
-            copy16(to + row * ROW_BYTES + (piece * 16 ^ swapped(row)), packed + (int64_t)(min(begin + row, last) * row_bytes) + piece * 16);
-        }
-        slot = to;
-        const int64_t first_block = (int64_t)first_row * row_blocks;
+        for (int i = 0; i < S::PART / AT_ONCE; i++, from += AT_ONCE * row_bytes)
+            if (i * AT_ONCE < left) copy16(to + piece + i * AT_ONCE * ROW_BYTES, from);
         if (!NESTED && shift == 0) { // a row's scales of a slot are copied at once
-            if (lane < rows)
-                copy<STEPS * 4>(to + S::SCALES + lane * STEPS * 4, pointer<const float>(a.weight.absmax) + first_block + (min(begin + lane, last) * row_blocks + at.span));
+            if (lane < S::PART && begin + lane < rows) copy<STEPS * 4>(to + S::SCALES + lane * STEPS * 4, scales + (begin * row_blocks + at.span));
             return;
         }
+        if (NESTED) late.slot = to;
 #pragma unroll
         for (int i = 0; i < VALUES_PER_LANE; i++) {
             const u32 index = lane + 32 * i, row = index / STEPS, step = index % STEPS;
-            if (row >= rows) break;
-            const int64_t block = first_block + (min(begin + row, last) * row_blocks + (at.span + step >> shift));
+            if (VALUES % 32 != 0 && index >= VALUES) break;
+            const int64_t of = block + (min(begin + row, rows - 1) * row_blocks + (at.span + step >> shift));
             if (NESTED) {
-                code[i] = __ldg(pointer<const u8>(a.weight.absmax) + block);
-                absmax[i] = __ldg(pointer<const float>(a.weight.nested_absmax) + (block >> 8));
+                late.code[i] = __ldg(pointer<const u8>(a.weight.absmax) + of);
+                late.absmax[i] = __ldg(pointer<const float>(a.weight.nested_absmax) + (of >> 8));
             } else {
-                copy<4>(to + S::SCALES + index * 4, pointer<const float>(a.weight.absmax) + block);
+                copy<4>(to + S::SCALES + index * 4, pointer<const float>(a.weight.absmax) + of);
             }
         }
     }
 
-    // Puts the nested statistics of the slot that was started last into it.
-    DEVICE void finish() {
-        if (NESTED && slot != 0) {
+    // Puts nested statistics into their slot.
+    DEVICE void finish(Statistics &late) {
+        if (NESTED && late.slot != 0) {
 #pragma unroll
             for (int i = 0; i < VALUES_PER_LANE; i++) {
-                const u32 index = threadIdx.x % 32 + 32 * i;
-                if (VALUES % 32 == 0 || index < VALUES) store_shared(slot + S::SCALES + index * 4, nested_absmax(nested_codebook[code[i]], absmax[i], offset));
+                const u32 index = lane + 32 * i;
+                if (VALUES % 32 == 0 || index < VALUES) store_shared(late.slot + S::SCALES + index * 4, nested_absmax(nested_codebook[late.code[i]], late.absmax[i], offset));
             }
         }
-        slot = 0;
+        late.slot = 0;
     }
 };
 
@@ -226,6 +247,26 @@ template <class T, class S> static DEVICE void reduce(const gq_linear_args &a, c
     }
 }
 
+// ---- what is brought to L2 while the kernel before ends
+
+// Bytes of W for a CTA: about what memory delivers until that kernel has ended. Of more, what is needed first comes later, and a layer of 8192×8192
+// took 17.6 instead of 15.5 µs for one token (H200; all weights of the CTA, 256 KiB).
+template <bool NESTED> static constexpr u32 AHEAD = (NESTED ? 24 : 48) * 1024;
+
+// Of each row of the CTA's the same share, from its beginning on, since that is where all warps start. A warp issues bulk instructions lane by lane.
+template <bool NESTED> static DEVICE void prefetch_weights(const gq_linear_args &a, u32 first_row, u32 rows) {
+    const u32 row_bytes = (u32)a.k / 2, bytes = min(row_bytes, AHEAD<NESTED> / rows & ~63);
+    if (threadIdx.x % 32 == 0)
+        for (u32 row = threadIdx.x / 32; row < rows; row += blockDim.x / 32)
+            prefetch(pointer<const u8>(a.weight.packed) + (int64_t)(first_row + row) * row_bytes, bytes);
+}
+
+// All codes of the statistics of the CTA's rows, but for less than 16 at either end: a slot's are loaded only one slot ahead.
+static DEVICE void prefetch_codes(const gq_linear_args &a, u32 first_row, u32 rows) {
+    const uint64_t blocks = a.k >> a.weight.log2, from = a.weight.absmax + first_row * blocks, begin = (from + 15) & ~15ull, end = (from + rows * blocks) & ~15ull;
+    if (threadIdx.x == 0 && begin < end) prefetch(pointer<const u8>(begin), (u32)(end - begin));
+}
+
 // ---- the kernel
 
 template <class T, class S, bool NESTED> static DEVICE void linear_few(const gq_linear_args &a) {
@@ -233,48 +274,56 @@ template <class T, class S, bool NESTED> static DEVICE void linear_few(const gq_
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
     float *const nested_codebook = (float *)(shared + TABLE_BYTES);
     float *const partial = nested_codebook + 256; // [warps][WIDTH][STRIDE], when the rings are no longer needed
-    const u32 table = shared_address(shared), ring = shared_address(partial) + warp * S::DEPTH * S::SLOT_BYTES;
-    const u32 spans = (u32)(a.k / SPAN), first = warp * STEPS, leap = warps * STEPS;
+    u32 table = shared_address(shared), ring = shared_address(partial) + warp * S::DEPTH * S::SLOT_BYTES;
+    if (S::KEEPS) keep(table), keep(ring);
+    const u32 spans = (u32)a.k / SPAN, first = warp * STEPS, leap = warps * STEPS;
     const bool settled = is_settled(a);
     const auto fill = [&] { fill_table<T, ENTRY_BYTES>(shared, a.weight.format, threadIdx.x, blockDim.x); };
     u32 first_row = blockIdx.x * S::HEIGHT;
+    const u32 rows = min((u32)S::HEIGHT, (u32)a.n - first_row);
+    if (NESTED) prefetch_codes(a, first_row, rows);
     if (!settled) {
-        if (threadIdx.x == 0 && first_row + S::HEIGHT <= a.n) // rows lie one behind another
-            prefetch(pointer<const u8>(a.weight.packed) + (int64_t)first_row * (a.k / 2), (u32)(S::HEIGHT * a.k / 2));
+        prefetch_weights<NESTED>(a, first_row, rows);
         fill();
         wait_for_kernel_before();
     }
     if (NESTED) {
-        for (int i = threadIdx.x; i < 256; i += blockDim.x) nested_codebook[i] = __ldg(pointer<const float>(a.weight.nested_codebook) + i);
-        __syncthreads();
+        for (int i = threadIdx.x; i < 256; i += blockDim.x) copy<4>(shared_address(nested_codebook + i), pointer<const float>(a.weight.nested_codebook) + i);
+        commit_copies();
     }
-    const u16 *x[S::COLUMNS];
-#pragma unroll
-    for (int c = 0; c < S::COLUMNS; c++) x[c] = pointer<const u16>(a.x) + min((int64_t)(c * TOKENS + g), a.m - 1) * a.k + t * 16;
-
     Loader<S, NESTED> loader(a, nested_codebook);
-    const float factor = 1 / table_factor(T(), a.weight.format);
+    const u16 *x[S::COLUMNS];
     for (bool begun = false; first_row < a.n; first_row += gridDim.x * S::HEIGHT, begun = true) {
+        loader.set(first_row);
         Cursor next = {0, first};
-        const auto load = [&](int slot) { // the next slot's worth, if there is one
+        using Statistics = typename Loader<S, NESTED>::Statistics;
+        const auto load = [&](int slot, Statistics &late) { // the next slot's worth, if there is one
             if (next.span < spans) {
-                loader.start(ring + slot * S::SLOT_BYTES, first_row, next);
+                loader.start(ring + slot * S::SLOT_BYTES, next, late);
                 if (++next.part == S::PARTS) next = {0, next.span + leap};
             }
             commit_copies();
         };
         if (begun) __syncthreads(); // the partial sums before these have been added
+        Statistics late[S::DEPTH - 1]; // of all slots at once: each comes from memory as late as its weights
 #pragma unroll
-        for (int d = 0; d < S::DEPTH - 1; d++) { // a slot stays free for the step that is being multiplied
-            load(d);
-            loader.finish();
-        }
+        for (int d = 0; d < S::DEPTH - 1; d++) load(d, late[d]); // a slot stays free for the step that is being multiplied
         if (!begun) {
+#pragma unroll
+            for (int c = 0; c < S::COLUMNS; c++) {
+                u32 token = min(c * TOKENS + g, (int)a.m - 1);
+                keep(token); // and not before the copies
+                x[c] = pointer<const u16>(a.x) + (int64_t)token * a.k + t * 16;
+            }
             if (settled) fill(); // while the first copies are under way
             wait_for_kernel_before();
             let_next_kernel_start();
-            __syncthreads(); // the table is there
+            if (NESTED) wait_for_copies<S::DEPTH - 1>(); // the nested codebook's
+            __syncthreads(); // the tables are there
         }
+#pragma unroll
+        for (int d = 0; d < S::DEPTH - 1; d++) loader.finish(late[d]);
+        const float factor = a.weight.format == GQ_FP4 ? 1 / table_factor(T(), GQ_FP4) : 1 / table_factor(T(), GQ_NF4);
         float sum[S::PARTS][S::TILES][S::COLUMNS][4] = {};
         int slot = 0;
         for (u32 span = first; span < spans; span += leap) {
@@ -282,10 +331,10 @@ template <class T, class S, bool NESTED> static DEVICE void linear_few(const gq_
             elements.load(x, span);
 #pragma unroll
             for (int part = 0; part < S::PARTS; part++) {
-                loader.finish();
+                loader.finish(late[0]);
                 wait_for_copies<S::DEPTH - 2>();
                 __syncwarp(); // of all lanes; and the slot before this one is free
-                load(slot == 0 ? S::DEPTH - 1 : slot - 1);
+                load(slot == 0 ? S::DEPTH - 1 : slot - 1, late[0]);
                 multiply<T, S>(sum[part], part, ring + slot * S::SLOT_BYTES, elements, table, factor);
                 slot = slot == S::DEPTH - 1 ? 0 : slot + 1;
             }
