@@ -11,8 +11,8 @@ from support import check_linear, decoded, python
 from weights import DTYPES, TYPES, equal, normal
 
 HALVES = [torch.float16, torch.bfloat16]
-ROWS = [1, 8, 33, 64, 65, 200]
-MANY_ROWS = 1.25  # the kernels for them round weights once, those of NF4 twice
+ROWS = [1, 8, 16, 32, 33, 64, 65, 200]
+MANY_ROWS = 1.25  # more than 16: their kernels round weights once, those of NF4 twice
 SHAPES = [(96, 128), (5, 256), (1, 128), (257, 1024), (1000, 4096)]  # n, k
 
 fuses = pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="needs Ampere or newer")
@@ -60,7 +60,7 @@ def test_shapes(nested, quant_type, dtype, calls):
                     y = torch.ops.gquant.linear_4bit(x, added, *weight)
                     fused = calls == [rows]
                     assert fused or calls == [] and rows > 64
-                    check_linear(y, x, added, weight, 1.05 if rows <= 8 else MANY_ROWS if n > 5 else 2 * MANY_ROWS)  # a few rows of a weight may have luck
+                    check_linear(y, x, added, weight, 1.05 if rows <= 16 else MANY_ROWS if n > 5 else 2 * MANY_ROWS)  # a few rows of a weight may have luck
                     assert equal(torch.ops.gquant.linear_4bit(x, added, *weight), y)
                     if not fused:
                         assert equal(y, usual(x, added, weight))
@@ -94,6 +94,19 @@ def test_blocksizes(blocksize, calls):
     weight, x = quantized(33, 4096, blocksize), normal(7, 4096, dtype=torch.bfloat16).cuda()
     check_linear(torch.ops.gquant.linear_4bit(x, None, *weight), x, None, weight)
     assert calls == [7]
+
+
+@fuses
+def test_codes_of_statistics_anywhere(calls):
+    """The codes of nested statistics are bytes: no address is too odd for the kernel."""
+    weight, x = quantized(264, 512), normal(3, 512, dtype=torch.bfloat16).cuda()
+    want = torch.ops.gquant.linear_4bit(x, None, *weight)
+    check_linear(want, x, None, weight)
+    for at in range(1, 17):
+        memory = torch.zeros(at + weight[1].numel(), dtype=torch.uint8, device="cuda")
+        memory[at:].copy_(weight[1])
+        assert equal(torch.ops.gquant.linear_4bit(x, None, weight[0], memory[at:], *weight[2:]), want)
+    assert calls == [3] * 17
 
 
 @fuses
