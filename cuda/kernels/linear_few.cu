@@ -250,7 +250,7 @@ template <class T, class S> static DEVICE void reduce(const gq_linear_args &a, c
 // ---- what is brought to L2 while the kernel before ends
 
 // Bytes of W for a CTA: about what memory delivers until that kernel has ended. Of more, what is needed first comes later, and a layer of 8192×8192
-// took 17.6 instead of 15.5 µs for one token (H200; all weights of the CTA, 256 KiB).
+// took 17.6 instead of 15.6 µs for one token (H200; all weights of the CTA, 256 KiB).
 template <bool NESTED> static constexpr u32 AHEAD = (NESTED ? 24 : 48) * 1024;
 
 // Of each row of the CTA's the same share, from its beginning on, since that is where all warps start. A warp issues bulk instructions lane by lane.
