@@ -89,9 +89,9 @@ def test_tile():
 def test_shipped():
     """The table that the library brings, for the device; few of these numbers of rows are decoded."""
     code = CODE
-    for strict, lax in (("assert packed.value == 1 and", "assert"), (", weight, 1.25)", ", weight, 1.05 if rows <= 16 else 1.25)")):
-        assert strict in code
-        code = code.replace(strict, lax)
+    for usual, here in (("assert packed.value == 1 and", "assert"), (", weight, 1.25)", ", weight, 1.05 if rows <= 16 else 1.25)")):
+        assert usual in code
+        code = code.replace(usual, here)
     printed = python(
         f"import sys; sys.argv[1:] = {[str(m) for m in range(1, 65)]}; sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / 'tests/python_binding')]}\n" + code,
         PYTHONPATH=str(ROOT / "bindings/python"),
